@@ -1,0 +1,21 @@
+"""How GPT-3 works, in code: the library that the book is made of."""
+
+# Made by tools/export.py from its table of public names; edit that.
+from gpt3lib.embeddings import ContextError
+from gpt3lib.generation import PromptError, generate
+from gpt3lib.model import GPT, ConfigError, GPTConfig
+from gpt3lib.texts import DataError
+from gpt3lib.tokenization import TokenError, Tokenizer
+
+__all__ = [
+    "ConfigError",
+    "ContextError",
+    "DataError",
+    "GPT",
+    "GPTConfig",
+    "PromptError",
+    "TokenError",
+    "Tokenizer",
+    "generate",
+]
+__version__ = "0.1.0"

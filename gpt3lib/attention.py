@@ -1,5 +1,6 @@
-"""How a token looks back: dense causal multi-head attention."""
+"""How a token looks back: dense causal multi-head attention, from a loop over three words to the class."""
 
+# Made from book/03_attention.ipynb by tools/export.py; edit the chapter, not this file.
 import math
 
 import torch
@@ -8,7 +9,12 @@ from torch.nn import functional as F
 
 
 def causal_mask(n_queries: int, n_keys: int, device=None) -> torch.Tensor:
-    """(n_queries, n_keys) booleans: True where a query may look. The queries are the last of the keys."""
+    """(n_queries, n_keys) booleans: True where a query may look. The queries are the last of the keys.
+
+    Raises ValueError for more queries than keys: the first of them would have nothing to look at.
+    """
+    if n_queries > n_keys:
+        raise ValueError(f"{n_queries} queries but only {n_keys} keys; a query needs at least its own key")
     ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     return ones.tril(n_keys - n_queries)
 
@@ -16,7 +22,8 @@ def causal_mask(n_queries: int, n_keys: int, device=None) -> torch.Tensor:
 def attention_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """(..., Tq, d_head), (..., Tk, d_head) -> (..., Tq, Tk): how much each query takes from each key.
 
-    Each row is softmax(q kᵀ / √d_head) over the keys that are not in its future.
+    Each row is softmax(q kᵀ / √d_head) over the keys that are not in its future ([V17]).
+    Raises ValueError for more queries than keys.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., Tq, Tk)
     mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
@@ -41,7 +48,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 class CausalSelfAttention(nn.Module):
     """Dense causal multi-head self-attention with biases, as in GPT-2 and in GPT-3's dense layers.
 
-    wq, wk, wv: d_model -> n_heads · d_head; wo: back again.
+    wq, wk, wv: d_model -> n_heads · d_head; wo: back again. No dropout.
     """
 
     def __init__(self, d_model: int, n_heads: int, d_head: int):
@@ -72,8 +79,9 @@ class CausalSelfAttention(nn.Module):
 def attention_flops(n_tokens: int, d_model: int) -> dict[str, int]:
     """Floating-point operations of one dense layer on `n_tokens` tokens, a multiply-add counted as two.
 
-    The four projections grow with T, the two products with T²; the mask saves
-    nothing in this count, which is the convention of [K20].
+    The four projections grow with T, the two products with T². Both products count in
+    full: the mask saves nothing here. Biases and softmax are left out, and
+    n_heads · d_head is d_model. ([K20] Table 1 counts half of the second entry.)
     """
     return {
         "projections": 4 * 2 * n_tokens * d_model**2,

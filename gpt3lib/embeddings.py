@@ -1,5 +1,6 @@
 """A word becomes a vector, and a vector a word: the token table, the position table, and the way back."""
 
+# Made from book/02_embeddings.ipynb by tools/export.py; edit the chapter, not this file.
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,13 +13,14 @@ class ContextError(ValueError):
 
 
 def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
-    """Raise TokenError unless every id of `tokens` is in 0 … vocab_size - 1.
+    """Raise TokenError unless `tokens` is a tensor of ids, each in 0 … vocab_size - 1.
 
     Looking costs a copy from an accelerator, so tensors that live elsewhere are
     left to the device's own check; so is the data-free "meta" device.
     """
-    if tokens.is_floating_point():
-        raise TokenError(f"token ids must be integers (torch.int64), not {tokens.dtype}")
+    kind = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+    if kind not in (torch.int64, torch.int32):
+        raise TokenError(f"token ids must be integers in a tensor (torch.int64), not {kind}")
     if tokens.device.type != "cpu" or tokens.numel() == 0:
         return
     low, high = tokens.min().item(), tokens.max().item()
@@ -45,10 +47,12 @@ class Embeddings(nn.Module):
     def forward(self, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
         """(B, T) ids -> (B, T, d_model); the first token sits on track `start`.
 
-        Raises TokenError for an id outside the vocabulary, ContextError beyond n_ctx.
+        Raises TokenError for an id outside the vocabulary, ContextError for a track outside 0 … n_ctx - 1.
         """
         check_tokens(tokens, self.vocab_size)
         stop = start + tokens.shape[-1]
+        if start < 0:
+            raise ContextError(f"start is {start}; the first track is 0")
         if stop > self.n_ctx:
             raise ContextError(f"{stop} tokens do not fit into a context of {self.n_ctx}; pass at most {self.n_ctx}")
         tracks = torch.arange(start, stop, device=tokens.device)  # (T,)

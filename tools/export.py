@@ -1,19 +1,23 @@
 """Write gpt3lib from the chapters: the cells tagged `export` of a notebook become its module.
 
-python tools/export.py          write the modules that changed
-python tools/export.py --check  write nothing; say what differs and exit 1
+python tools/export.py               write the modules that changed
+python tools/export.py 03_attention  write this chapter's module only
+python tools/export.py --check       write nothing; say what differs and exit 1
 """
 
 import argparse
 import ast
+import os
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCSTRING = 110  # characters of a chapter's first paragraph
 CHAPTERS = {
     "b_texts": "texts",
     "01_tokenization": "tokenization",
@@ -43,8 +47,14 @@ def first_paragraph(notebook) -> str:
         if cell.cell_type == "markdown":
             for paragraph in cell.source.split("\n\n"):
                 if paragraph.strip() and not paragraph.startswith(("#", "(", ":::", "```", "<")):
-                    return " ".join(paragraph.split())
-    raise ExportError("no paragraph of text")
+                    line = " ".join(paragraph.split())
+                    if len(line) > DOCSTRING:
+                        raise ExportError(
+                            f"the first paragraph becomes the module's docstring and has {len(line)} characters; "
+                            f"say it in {DOCSTRING}: {line[:40]}…"
+                        )
+                    return line
+    raise ExportError("no paragraph of text below the title")
 
 
 def exported_cells(notebook) -> list[str]:
@@ -58,26 +68,43 @@ def defined_names(statement: ast.stmt) -> list[str]:
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
         return [statement.name]
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-    return [node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)]
+    nodes = [node for target in targets if target for node in ast.walk(target)]
+    return [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+
+
+def exported_names(source: str) -> list[str]:
+    """The names that a module's source defines at its top level, once per definition; imports do not count."""
+    return [name for statement in ast.parse(source).body for name in defined_names(statement)]
 
 
 def module_source(path: Path) -> str:
-    """The module a chapter makes: docstring, imports lifted to the top, then its cells in order."""
-    notebook = nbformat.read(path, as_version=4)
+    """The module a chapter makes: docstring, imports lifted to the top, then its cells in order.
+
+    Raises ExportError when a cell is not plain Python or a name is defined twice.
+    """
+    if not path.exists():
+        raise ExportError(f"no chapter {path.name} in {path.parent.name}/")
+    try:
+        return source_of(nbformat.read(path, as_version=4), path.name)
+    except (ExportError, SyntaxError) as error:
+        raise ExportError(f"{path.name}: {error}") from error
+
+
+def source_of(notebook, name: str) -> str:
+    """The source of the module that a notebook called `name` makes."""
     imports, bodies, names = [], [], Counter()
     for source in exported_cells(notebook):
         lines, drop = source.splitlines(), set()
+        names.update(exported_names(source))
         for statement in ast.parse(source).body:
             if isinstance(statement, (ast.Import, ast.ImportFrom)):
                 imports.append(ast.unparse(statement))
                 drop.update(range(statement.lineno - 1, statement.end_lineno))
-            else:
-                names.update(defined_names(statement))
         bodies.append("\n".join(line for i, line in enumerate(lines) if i not in drop).strip())
     twice = [name for name, count in names.items() if count > 1]
     if twice:
-        raise ExportError(f"{path.name} exports {', '.join(twice)} twice; a name lives in one cell")
-    head = f'"""{first_paragraph(notebook)}"""\n\n{origin(path.name)}' + "\n".join(dict.fromkeys(imports))
+        raise ExportError(f"exports {', '.join(twice)} twice; a name lives in one cell")
+    head = f'"""{first_paragraph(notebook)}"""\n\n{origin(name)}' + "\n".join(dict.fromkeys(imports))
     return format_source("\n\n\n".join([head, *filter(None, bodies)]) + "\n")
 
 
@@ -87,12 +114,13 @@ def origin(chapter: str) -> str:
 
 
 def package_source() -> str:
-    """gpt3lib/__init__.py: the public names, and nothing else."""
+    """gpt3lib/__init__.py: the public names and the version, and nothing else."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     names = [name for public in PUBLIC.values() for name in public]
     lines = ['"""How GPT-3 works, in code: the library that the book is made of."""\n']
-    lines.append("# Made by tools/export.py from its table of public names; edit that.\n")
+    lines.append("# Made by tools/export.py from its table of public names; edit that.")
     lines += [f"from gpt3lib.{module} import {', '.join(public)}" for module, public in PUBLIC.items()]
-    lines.append(f"__all__ = {sorted(names)!r}\n")
+    lines.append(f"__all__ = {sorted(names)!r}\n__version__ = {version!r}\n")
     return format_source("\n".join(lines))
 
 
@@ -107,33 +135,71 @@ def format_source(source: str) -> str:
     return source
 
 
-def all_modules() -> dict[Path, str]:
-    """Every module's path and the source it should have. Raises ExportError when two chapters share a name."""
+def all_modules(book: Path = ROOT / "book") -> dict[str, str]:
+    """Every module's file name and the source it should have.
+
+    Raises ExportError when two chapters share a name, or a public name is defined nowhere.
+    """
     modules, owners = {}, {}
     for chapter, module in CHAPTERS.items():
-        source = module_source(ROOT / "book" / f"{chapter}.ipynb")
-        for statement in ast.parse(source).body:
-            for name in defined_names(statement) if not isinstance(statement, (ast.Import, ast.ImportFrom)) else []:
-                if owners.setdefault(name, chapter) != chapter:
-                    raise ExportError(f"{name} is exported by {owners[name]} and by {chapter}; keep one definition")
-        modules[ROOT / "gpt3lib" / f"{module}.py"] = source
-    modules[ROOT / "gpt3lib" / "__init__.py"] = package_source()
+        source = module_source(book / f"{chapter}.ipynb")
+        names = exported_names(source)
+        for name in names:
+            if owners.setdefault(name, chapter) != chapter:
+                raise ExportError(f"{name} is exported by {owners[name]} and by {chapter}; keep one definition")
+        missing = [name for name in PUBLIC.get(module, []) if name not in names]
+        if missing:
+            raise ExportError(f"{chapter} exports no {', '.join(missing)}, which the package promises")
+        modules[f"{module}.py"] = source
+    modules["__init__.py"] = package_source()
     return modules
+
+
+def stale_modules(modules: dict[str, str], package: Path = ROOT / "gpt3lib") -> list[str]:
+    """What in the package is not as its chapter has it: modules that differ or are missing, files without a chapter."""
+    differ = [
+        name
+        for name, source in modules.items()
+        if not (package / name).exists() or (package / name).read_text(encoding="utf-8") != source
+    ]
+    return differ + sorted(path.name for path in package.glob("*.py") if path.name not in modules)
+
+
+def write(path: Path, source: str) -> None:
+    """Write a module beside its place and rename it."""
+    beside = path.with_suffix(".part")
+    beside.write_text(source, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("chapters", nargs="*", help="only these, such as 03_attention")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a module differs")
-    check = parser.parse_args().check
-    stale = {p: s for p, s in all_modules().items() if not p.exists() or p.read_text() != s}
-    for path, source in stale.items():
-        print(f"{'differs from its chapter' if check else 'written'}: {path.relative_to(ROOT)}")
-        if not check:
-            path.write_text(source)
+    arguments = parser.parse_args()
+    try:
+        if arguments.chapters:
+            names = [Path(chapter).stem for chapter in arguments.chapters]
+            modules = {f"{CHAPTERS[name]}.py": module_source(ROOT / "book" / f"{name}.ipynb") for name in names}
+        else:
+            modules = all_modules()
+    except ExportError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    stale = [name for name in stale_modules(modules) if name in modules or not arguments.chapters]
+    for name in stale:
+        if name in modules and not arguments.check:
+            write(ROOT / "gpt3lib" / name, modules[name])
+            print(f"written: gpt3lib/{name}")
+        elif name in modules:
+            print(f"gpt3lib/{name} is not what its chapter makes; edit the chapter and run `make export`")
+        else:
+            print(f"gpt3lib/{name} belongs to no chapter; remove it")
     if not stale:
-        print(f"gpt3lib: {len(CHAPTERS)} modules, each as its chapter has it")
-    return int(check and bool(stale))
+        print(f"gpt3lib: {len(modules)} modules, each as its chapter has it")
+    left = stale if arguments.check else [name for name in stale if name not in modules]
+    return int(bool(left))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Train the models that data/ ships, with the code of the training chapter.
 
-python tools/train_models.py gpt3-1m     about 40 minutes on one core; writes data/models/gpt3-1m
+python tools/train_models.py gpt3-1m           about 40 minutes on one core; writes data/models/gpt3-1m
+python tools/train_models.py gpt3-1m FOLDER    the same run into another folder, to compare
 
-The weights are stored as float16, half the size; the hash of the file goes into data/manifest.toml by hand.
+The weights are stored as float16, half the size. The last lines printed are the model's entry for data/manifest.toml.
+Another processor or number of threads rounds differently, so its file differs in the last digits, and so in its hash.
 """
 
 import hashlib
@@ -16,29 +18,46 @@ from gpt3lib.texts import DATA, corpus
 from gpt3lib.tokenization import Tokenizer
 from gpt3lib.training import evaluate, train, training_and_validation
 
-STEPS = {"gpt3-1m": 6000}
+RECIPES = {"gpt3-1m": {"n_steps": 6000, "batch_size": 8, "peak": 3e-3, "warmup": 200, "seed": 0}}
+EVERY = 100  # steps between two lines of the log
 
 
-def main(name: str) -> None:
-    """Train one model and store it."""
+def train_model(name: str) -> GPT:
+    """Train one model of RECIPES from its seed, on one thread so that sums keep their order."""
     torch.set_num_threads(1)
     tokenizer = Tokenizer.load(DATA / "tokenizer-4353.bpe")
     training, validation = training_and_validation(tokenizer, corpus())
-    torch.manual_seed(0)
+    torch.manual_seed(RECIPES[name]["seed"])
     model = GPT(GPTConfig.from_name(name))
 
     def log(step: int, loss: float) -> None:
-        if step % 100 == 99:
-            print(
-                f"step {step + 1} of {STEPS[name]}: loss {loss:.3f}, validation {evaluate(model, validation):.3f}",
-                flush=True,
-            )
+        if (step + 1) % EVERY == 0:
+            held_out = evaluate(model, validation)
+            print(f"step {step + 1} of {RECIPES[name]['n_steps']}: loss {loss:.3f}, held out {held_out:.3f}", flush=True)
 
-    train(model, training, STEPS[name], batch_size=8, peak=3e-3, warmup=200, on_step=log)
-    folder = DATA / "models" / name
-    model.half().save_pretrained(folder)
-    print(folder, hashlib.sha256(Path(folder / "model.safetensors").read_bytes()).hexdigest())
+    train(model, training, on_step=log, **RECIPES[name])
+    return model
+
+
+def manifest_entry(name: str, folder: Path) -> str:
+    """The lines of data/manifest.toml that name a trained model's files."""
+    lines = [f"[models.{name}]", f'command = "python tools/train_models.py {name}"']
+    for file in ("model.safetensors", "config.json"):
+        lines.append(f'"{file}" = "{hashlib.sha256((folder / file).read_bytes()).hexdigest()}"')
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command line."""
+    name, *rest = sys.argv[1:] or [""]
+    if name not in RECIPES or len(rest) > 1:
+        print(f"usage: python tools/train_models.py {' | '.join(RECIPES)} [FOLDER]", file=sys.stderr)
+        return 2
+    folder = Path(rest[0]) if rest else DATA / "models" / name
+    train_model(name).half().save_pretrained(folder)
+    print(manifest_entry(name, folder))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main())

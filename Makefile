@@ -1,0 +1,72 @@
+# The book's commands. `make` alone lists them. GNU make 3.81 (macOS) and later.
+PYTHON ?= python3
+JOBS ?= 2
+CHAPTERS ?=
+
+BIN := .venv/bin
+READY := .venv/ready
+SITE := _build/html/ready
+SITE_SOURCES := _config.yml _toc.yml pyproject.toml $(wildcard book/*.ipynb book/*.md book/*.bib book/_ext/*.py) \
+	$(shell find book/_static -type f)
+
+# One thread: more of them change the seventh digit of a sum, and tiny models do not run faster on two.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help book test lab export execute check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make book      build the site and print its address"
+	@echo "make test      build the site, run every test and every notebook, compare every output"
+	@echo "make lab       open the chapters in JupyterLab"
+	@echo "make export    write gpt3lib/ from the chapters' exported cells"
+	@echo "make execute   run the chapters and store their outputs; CHAPTERS=\"03_attention\" runs some"
+	@echo "make check     style, gpt3lib in step with the chapters, form of the notebooks: seconds"
+	@echo "make clean     remove the environment and everything that was built"
+	@echo "Each makes its environment in .venv when it is missing or out of date. PYTHON=… picks the Python (3.11 or later)."
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "The book needs Python 3.11 or later; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "==> environment: the pinned packages go into .venv (the first time 1.8 GB and some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
+	@touch $@
+
+$(SITE): $(READY) $(SITE_SOURCES)
+	@echo "==> site: building, warnings are errors"
+	@$(BIN)/jupyter-book build . --all -W -n --keep-going -q > _build.log 2>&1 && rm _build.log || \
+		{ cat _build.log; rm -f _build.log $@; exit 1; }
+	@touch $@
+
+book: $(SITE)
+	@echo "==> the book: file://$(CURDIR)/_build/html/index.html"
+
+test: $(SITE)
+	@echo "==> tests, and every notebook once more"
+	@$(BIN)/python -m pytest -n $(JOBS) --durations=8
+
+lab: $(READY)
+	@echo "==> JupyterLab on the chapters; Ctrl-C ends it"
+	@$(BIN)/jupyter lab book
+
+export: $(READY)
+	@echo "==> export: gpt3lib from the chapters"
+	@$(BIN)/python tools/export.py
+
+execute: $(READY)
+	@echo "==> execute: running the chapters and storing their outputs"
+	@$(BIN)/python tools/execute.py $(CHAPTERS)
+
+check: $(READY)
+	@echo "==> style"
+	@$(BIN)/ruff check --quiet gpt3lib tools tests book conftest.py
+	@$(BIN)/ruff format --quiet --check gpt3lib tools tests book conftest.py
+	@echo "==> gpt3lib in step with the chapters"
+	@$(BIN)/python tools/export.py --check
+	@echo "==> form of the notebooks"
+	@$(BIN)/python -m pytest -q tests/test_book.py
+
+clean:
+	rm -rf .venv _build build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,481 @@
+"""The form of the book: every chapter keeps the rules, every rule finds a chapter that breaks it."""
+
+import base64
+import copy
+import io
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution, requires
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from PIL import Image
+
+import execute
+import export
+import form
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+ORDER = execute.chapters()
+NUMBERED = [name for name in ORDER if name[0].isdigit()]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+every_notebook = pytest.mark.parametrize("name", ORDER)
+
+
+def notebook(name):
+    return form.read(BOOK / f"{name}.ipynb")
+
+
+def png(image):
+    """An image as a notebook stores it."""
+    raw = io.BytesIO()
+    image.save(raw, "PNG")
+    return base64.b64encode(raw.getvalue()).decode()
+
+
+# --- every chapter keeps the rules ---
+
+
+@every_notebook
+@pytest.mark.parametrize(
+    "rule", [form.uncounted, form.not_normal, form.stored_errors, form.warned, form.uncompared, form.without_words]
+)
+def test_a_notebook_has_the_form_of_the_book(name, rule):
+    assert rule(notebook(name)) == []
+
+
+@every_notebook
+def test_code_cells_are_short(name):
+    assert form.long_cells(notebook(name)) == []
+
+
+@every_notebook
+def test_a_notebook_is_small(name):
+    assert (BOOK / f"{name}.ipynb").stat().st_size <= 300_000
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_exercises_have_executed_solutions(name):
+    assert form.unsolved(notebook(name)) == []
+
+
+@pytest.mark.parametrize("name", ORDER[:-1])  # the front page may use everything
+def test_a_chapter_imports_earlier_chapters_only(name):
+    assert form.forward_imports(notebook(name), name, ORDER) == []
+
+
+def test_labels_of_exercises_are_unique():
+    labels = [label for name in ORDER for label in form.exercise_labels(notebook(name))]
+    assert len(labels) == len(set(labels))
+
+
+def test_every_notebook_is_in_the_table_of_contents():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = [entry["file"] for part in toc["parts"] for entry in part["chapters"]] + [toc["root"]]
+    assert {path.stem for path in BOOK.glob("*.ipynb")} == set(ORDER)
+    assert set(export.CHAPTERS) <= set(ORDER)
+    assert all(any((ROOT / f"{file}{end}").exists() for end in (".ipynb", ".md")) for file in listed)
+
+
+def test_the_book_runs_in_six_minutes():
+    times = json.loads((BOOK / "run_times.json").read_text())
+    assert set(times) == set(ORDER)
+    assert max(times.values()) <= 90
+    assert sum(times.values()) <= 360
+
+
+# --- the package is what the chapters make ---
+
+
+def test_every_module_is_as_its_chapter_has_it():
+    assert export.stale_modules(export.all_modules()) == []
+
+
+def test_modules_are_small():
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "gpt3lib").glob("*.py")}
+    assert max(lines.values()) < 400, lines
+    assert sum(lines.values()) < 3000, lines
+
+
+def test_a_module_edited_by_hand_is_found(tmp_path):
+    modules = {"attention.py": "x = 1\n", "model.py": "y = 2\n", "__init__.py": ""}
+    for name, source in modules.items():
+        export.write(tmp_path / name, source)
+    assert export.stale_modules(modules, tmp_path) == []
+    (tmp_path / "attention.py").write_text("x = 2\n")
+    (tmp_path / "model.py").unlink()
+    (tmp_path / "stray.py").write_text("")
+    assert export.stale_modules(modules, tmp_path) == ["attention.py", "model.py", "stray.py"]
+
+
+def chapter(*sources, title="# T\n\nBuilds a thing."):
+    cells = [new_code_cell(source, metadata={"tags": ["export"]}) for source in sources]
+    return new_notebook(cells=[new_markdown_cell(title), *cells, new_code_cell("left_out = 1")])
+
+
+def test_a_module_reads_as_if_written_by_hand():
+    sources = [
+        "import torch\nimport math\n\nSIZE = 3  # why",
+        "def f(x):\n  return torch.sin(x)*math.pi",
+        "from math import tau",
+    ]
+    assert export.source_of(chapter(*sources), "03_x.ipynb") == (
+        '"""Builds a thing."""\n\n# Made from book/03_x.ipynb by tools/export.py; edit the chapter, not this file.\n'
+        "import math\nfrom math import tau\n\nimport torch\n\nSIZE = 3  # why\n\n\n"
+        "def f(x):\n    return torch.sin(x) * math.pi\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "book, message",
+    [
+        (chapter("def f(): ...", "class g: ...\nf = 3"), "exports f twice"),
+        (chapter("a, b = 1, 2", "b: int = 3"), "exports b twice"),
+        (chapter("%matplotlib inline"), "03_attention.ipynb"),
+        (chapter("x = 1", title="# Title alone"), "no paragraph"),
+        (chapter("x = 1", title="# T\n\n" + "long " * 30), "docstring"),
+    ],
+)
+def test_a_chapter_that_cannot_become_a_module_is_refused(tmp_path, book, message):
+    nbformat.write(book, tmp_path / "03_attention.ipynb")
+    with pytest.raises(export.ExportError, match=message):
+        export.module_source(tmp_path / "03_attention.ipynb")
+
+
+def test_a_name_that_two_chapters_export_is_refused(tmp_path):
+    for name, module in export.CHAPTERS.items():
+        nbformat.write(
+            chapter(*(f"def {public}(): ..." for public in export.PUBLIC.get(module, []))), tmp_path / f"{name}.ipynb"
+        )
+    assert set(export.all_modules(tmp_path)) == {f"{module}.py" for module in export.CHAPTERS.values()} | {
+        "__init__.py"
+    }
+    nbformat.write(chapter("def GPT(): ..."), tmp_path / "03_attention.ipynb")
+    with pytest.raises(export.ExportError, match="GPT is exported by 03_attention and by 05_decoder"):
+        export.all_modules(tmp_path)
+    nbformat.write(chapter("x = 1"), tmp_path / "06_generation.ipynb")
+    nbformat.write(chapter("y = 2"), tmp_path / "03_attention.ipynb")
+    with pytest.raises(export.ExportError, match="06_generation exports no PromptError, generate"):
+        export.all_modules(tmp_path)
+
+
+# --- every rule finds a notebook that breaks it ---
+
+
+def exercise(number, code="1 + 1", count=1):
+    label = f"ex-t-{number}"
+    return [
+        new_markdown_cell(f"```{{exercise}} Title\n:label: {label}\nDo.\n```"),
+        new_markdown_cell(f"```{{solution-start}} {label}\n:class: dropdown\n```"),
+        new_code_cell(code, execution_count=count),
+        new_markdown_cell("```{solution-end}\n```"),
+    ]
+
+
+def good():
+    """A notebook that breaks no rule."""
+    shown = new_output(
+        "execute_result", {"text/html": '<svg class="p" role="img" aria-label="a dot"></svg>'}, execution_count=2
+    )
+    drawn = new_output("display_data", {"image/png": png(Image.new("RGBA", (2, 2))), "text/plain": "<Figure>"})
+    cells = [
+        new_markdown_cell("# T\n\nBuilds a thing. ![a dot](dot.svg)"),
+        new_code_cell(
+            "from gpt3lib import pictures\n\npictures.tokens(['a'], alt='a')", execution_count=2, outputs=[shown]
+        ),
+        new_code_cell(
+            "plt.show()", execution_count=3, outputs=[drawn], metadata={"mystnb": {"image": {"alt": "a line"}}}
+        ),
+    ]
+    book = new_notebook(cells=sum((exercise(number) for number in range(5)), cells))
+    execute.normal_form(book)
+    book.cells[1].execution_count = 1
+    return book
+
+
+RULES = [
+    form.warned,
+    form.uncounted,
+    form.not_normal,
+    form.stored_errors,
+    form.uncompared,
+    form.without_words,
+    form.long_cells,
+    form.unsolved,
+]
+
+
+def failing(book):
+    return {rule.__name__ for rule in RULES if rule(book)}
+
+
+def test_a_good_notebook_breaks_no_rule():
+    assert failing(good()) == set()
+
+
+def change(action):
+    book = good()
+    action(book)
+    return book
+
+
+def first(book):  # the first code cell below the setup cell
+    return book.cells[2]
+
+
+def error(book):
+    first(book).outputs = [new_output("error", ename="ValueError", evalue="no", traceback=["no"])]
+
+
+def uncompare(book, source):
+    for cell in book.cells:
+        if cell.cell_type == "code" and cell.outputs:
+            cell.source = source
+
+
+@pytest.mark.parametrize(
+    "rule, action",
+    [
+        ("uncounted", lambda book: first(book).update(execution_count=None)),
+        ("uncounted", lambda book: book.cells[1].update(execution_count=None)),
+        ("not_normal", lambda book: first(book).metadata.update(execution={"started": "now"})),
+        ("not_normal", lambda book: first(book).update(id="a1b2")),
+        ("not_normal", lambda book: book.metadata.update(widgets={})),
+        ("not_normal", lambda book: book.metadata.language_info.update(version="3.11.2")),
+        ("not_normal", lambda book: book.cells.pop(1)),
+        ("not_normal", lambda book: book.cells[1].update(source="%pip install gpt3lib")),
+        ("stored_errors", error),
+        ("warned", lambda book: first(book).update(outputs=[new_output("stream", name="stderr", text="Warning")])),
+        ("uncompared", lambda book: first(book).metadata.update(tags=["nbval-ignore-output"])),
+        ("uncompared", lambda book: uncompare(book, "# NBVAL_IGNORE_OUTPUT\nf()")),
+        ("uncompared", lambda book: uncompare(book, "# NBVAL_SKIP\nf()  # times differ")),
+        ("without_words", lambda book: book.cells[3].metadata.pop("mystnb")),
+        ("without_words", lambda book: book.cells[3].metadata.mystnb.image.update(alt=" ")),
+        (
+            "without_words",
+            lambda book: first(book).outputs[0].data.update({"text/html": '<svg role="img" aria-label="">'}),
+        ),
+        ("without_words", lambda book: first(book).outputs[0].data.update({"text/html": '<svg aria-label="a dot">'})),
+        ("without_words", lambda book: first(book).outputs[0].data.update({"text/html": '<img src="a.png">'})),
+        ("without_words", lambda book: book.cells[0].update(source="# T\n\n![](dot.svg)")),
+        (
+            "long_cells",
+            lambda book: [cell.update(source="f()\n" * 7) for cell in book.cells[2:] if cell.cell_type == "code"],
+        ),
+        ("long_cells", lambda book: first(book).update(source="f()\n" * 21)),
+        ("unsolved", lambda book: book.cells.__delitem__(slice(-4, None))),
+        ("unsolved", lambda book: book.cells[-2].update(source="")),
+        ("unsolved", lambda book: book.cells[-2].update(execution_count=None)),
+        ("unsolved", lambda book: book.cells[-3].update(source="```{solution-start} ex-other\n```")),
+    ],
+)
+def test_a_rule_finds_what_breaks_it(rule, action):
+    assert rule in failing(change(action))
+
+
+def test_an_announced_error_is_allowed():
+    book = change(error)
+    first(book).metadata["tags"] = ["raises-exception"]
+    assert form.stored_errors(book) == []
+
+
+@pytest.mark.parametrize(
+    "source, late",
+    [
+        ("from gpt3lib.embeddings import Embedding", False),
+        ("from gpt3lib import pictures, texts\nfrom gpt3lib.pictures import tokens", False),
+        ("from gpt3lib import Tokenizer", False),
+        ("import gpt3lib\ngpt3lib.Tokenizer", False),
+        ("from gpt3lib.attention import Attention", True),
+        ("from gpt3lib import GPT", True),
+        ("import gpt3lib\ngpt3lib.GPT", True),
+        ("import gpt3lib.generation as g", True),
+        ("if True:\n    %time from gpt3lib import GPT", False),  # inside a magic: not seen, not an error
+        ("def f():\n    from gpt3lib import model", True),
+    ],
+)
+def test_an_import_of_a_later_chapter_is_found(source, late):
+    order = ["01_tokenization", "02_embeddings", "03_attention", "05_decoder", "06_generation"]
+    assert bool(form.forward_imports(new_notebook(cells=[new_code_cell(source)]), "03_attention", order)) == late
+
+
+def test_the_modules_of_appendices_import_no_chapter():
+    book = new_notebook(cells=[new_code_cell("from gpt3lib.attention import f", metadata={"tags": ["export"]})])
+    assert form.forward_imports(book, "a_pictures", ["03_attention", "a_pictures"])
+
+
+# --- running and storing ---
+
+
+def test_normal_form_is_reached_in_one_step():
+    once = good()
+    twice = copy.deepcopy(once)
+    execute.normal_form(twice)
+    assert once == twice
+
+
+def test_a_stored_picture_is_small_and_looks_the_same():
+    drawn = Image.effect_noise((200, 100), 3).convert("RGBA")
+    drawn.paste((0, 0, 0, 0), (50, 20, 90, 60))
+    encoded = png(drawn)
+    small = execute.small_png(encoded)
+    assert len(small) < len(encoded) / 2
+    assert execute.small_png(small) == small
+    again = Image.open(io.BytesIO(base64.b64decode(small))).convert("RGBA")
+    assert again.getpixel((60, 30))[3] == 0
+    assert max(abs(a - b) for a, b in zip(again.getpixel((0, 0)), drawn.getpixel((0, 0)))) < 12
+
+
+def test_the_setup_cell_goes_where_gpt3lib_is_imported():
+    book = new_notebook(cells=[new_markdown_cell("# T"), new_code_cell("import torch")])
+    execute.normal_form(book)
+    assert len(book.cells) == 2
+    book.cells[1].source = "from gpt3lib import GPT"
+    execute.normal_form(book)
+    assert [cell.cell_type for cell in book.cells] == ["markdown", "code", "code"]
+    assert book.cells[1].metadata.tags == ["remove-cell", "setup"]
+    book.cells[1].source = "an old address"
+    execute.normal_form(book)
+    assert book.cells[1].source == execute.setup_source()
+    assert f"git+{execute.settings()['repository']['url']}@main" in execute.setup_source()
+
+
+def test_a_run_that_fails_leaves_the_notebook_as_it_was(tmp_path):
+    path = tmp_path / "x.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("print(1)"), new_code_cell("1 / 0")]), path)
+    before = path.read_bytes()
+    with pytest.raises(CellExecutionError, match="division by zero"):
+        execute.execute(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["x.ipynb"]
+
+
+def test_a_second_run_stores_the_same_bytes(tmp_path):
+    path = tmp_path / "x.ipynb"
+    cells = [
+        new_code_cell("import sys\nprint(1)\nprint(2)"),
+        new_code_cell("1 / 0", metadata={"tags": ["raises-exception"]}),
+    ]
+    nbformat.write(new_notebook(cells=[*cells, new_code_cell("object")]), path)
+    execute.execute(path)
+    once = path.read_bytes()
+    execute.execute(path)
+    assert path.read_bytes() == once
+    assert form.uncounted(form.read(path)) == form.not_normal(form.read(path)) == []
+
+
+def test_a_traceback_names_no_place():
+    text = f"File {ROOT}/gpt3lib/model.py:3 <object at 0x7f00aa11bb22>"
+    assert execute.without_places(text) == "File gpt3lib/model.py:3 <object at 0x…>"
+
+
+# --- the environment ---
+
+
+def pins(text):
+    """Package -> version, of the lines of constraints.txt."""
+    return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in text.split()}
+
+
+def needed(project):
+    """Every distribution that the installed project needs with its extras book and test, by their metadata."""
+    found, queue = set(), [(project, "book"), (project, "test")]
+    while queue:
+        name, extra = queue.pop()
+        if (name, extra) in found:
+            continue
+        found.add((name, extra))
+        try:
+            requirements = requires(name) or []
+        except PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, requirements):
+            environment = default_environment() | {"extra": extra}
+            if requirement.marker is None or requirement.marker.evaluate(environment):
+                queue += [(canonicalize_name(requirement.name), extra) for extra in ["", *requirement.extras]]
+    return {name for name, _ in found} - {project}
+
+
+def test_constraints_pin_every_dependency():
+    pinned = pins((ROOT / "constraints.txt").read_text())
+    assert needed("gpt3lib") - set(pinned) == set()
+    assert "torch" in pinned and "sphinx" in needed("gpt3lib")
+
+
+def test_the_environment_has_the_pinned_versions():
+    pinned = pins((ROOT / "constraints.txt").read_text())
+    found = {name: distribution(name).version.split("+")[0] for name in needed("gpt3lib")}
+    assert {name: version for name, version in found.items() if pinned.get(name) != version} == {}
+
+
+def conda_problems(environment, project):
+    """What in environment.yml does not follow from pyproject.toml."""
+    python, pip = environment["dependencies"][0], environment["dependencies"][-1]
+    least = project["requires-python"].removeprefix(">=")
+    wrong = [] if python == f"python={least}" else [f"{python}, but the project asks for {least}"]
+    if pip != {"pip": ["-c constraints.txt", f"-e .[{','.join(project['optional-dependencies'])}]"]}:
+        wrong.append("pip does not install the project with its extras and its constraints")
+    return wrong
+
+
+def test_environment_yml_is_in_step_with_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert conda_problems(environment, PROJECT) == []
+    assert conda_problems(environment, PROJECT | {"requires-python": ">=3.12"})
+    assert conda_problems({"dependencies": ["python=3.11", {"pip": ["-e ."]}]}, PROJECT)
+
+
+# --- the repository ---
+
+
+def test_no_file_names_a_place_on_one_machine():
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
+    wrong = []
+    for name in filter(None, listed.stdout.split("\0")):
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError):
+            continue
+        wrong += [f"{name} {problem}" for problem in form.places(text)]
+    assert wrong == []
+
+
+def test_a_place_on_one_machine_is_found():
+    for place in ("/ro" + "ot/x", "/ho" + "me/anna/x", "/Us" + "ers/Anna/y", f"{ROOT}/gpt3lib"):
+        assert form.places(f"see {place}")
+    assert form.places("see /usr/bin/env and the root/home of it") == []
+
+
+def test_the_repository_address_stands_in_one_place():
+    url = execute.settings()["repository"]["url"]
+    listed = subprocess.run(
+        ["git", "grep", "-l", "--untracked", "-F", url.removeprefix("https://")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode > 1:
+        pytest.skip("not a git checkout")
+    by_hand = [name for name in listed.stdout.split() if not re.fullmatch(r"book/\w+\.ipynb", name)]
+    assert by_hand == ["_config.yml"]
+
+
+def test_the_exporter_says_what_it_finds():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "export.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "each as its chapter has it" in done.stdout

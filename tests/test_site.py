@@ -1,0 +1,258 @@
+"""Every page of the site in a browser: on a wide and a narrow screen, in light and in dark."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+import execute
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "_build" / "html"
+NAMES = [
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+]
+OFFLINE = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+CHAPTERS = execute.chapters()
+REPOSITORY = execute.settings()["repository"]["url"]
+Screen = namedtuple("Screen", "width theme")
+Visit = namedtuple("Visit", "facts trouble")
+
+# what a page says about itself
+FACTS = """() => {
+    const colour = (element) => getComputedStyle(element).backgroundColor.match(/[\\d.]+/g).map(Number);
+    const seen = (element) => { const box = element.getBoundingClientRect(); return box.width > 0 && box.height > 0; };
+    const root = document.documentElement;
+    const wide = [...document.querySelectorAll('article *')].filter((element) => {
+        for (let e = element; e && e.tagName !== 'ARTICLE'; e = e.parentElement)
+            if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX)) return false;
+        return element.getBoundingClientRect().right > root.clientWidth + 1 && seen(element);
+    });
+    return {
+        sideways: root.scrollWidth - root.clientWidth,
+        wide: wide.slice(0, 3).map((element) => element.outerHTML.slice(0, 120)),
+        ground: colour(document.body),
+        grounds: [...document.querySelectorAll('.cell_output .text_html, .cell_output img')].map(colour),
+        title: document.querySelector('article h1')?.innerText,
+        math: document.querySelectorAll('.math').length,
+        typeset: document.querySelectorAll('.math > mjx-container').length,
+        mathErrors: document.querySelectorAll('mjx-merror, [data-mjx-error]').length,
+        mathjax: !!window.MathJax,
+        code: [...document.querySelectorAll('div.highlight')].filter((e) => e.querySelector('pre')).length,
+        copy: document.querySelectorAll('div.highlight button.copybtn').length,
+        search: [...document.querySelectorAll('form.bd-search, .search-button-field')].filter(seen).length,
+        links: [...document.querySelectorAll('a[href]')].map((a) => a.href),
+        footer: document.querySelector('.extra_footer')?.innerText || '',
+        pictures: document.querySelectorAll('div.picture svg').length,
+        lost: [...document.images].filter((image) => image.complete && !image.naturalWidth).map((image) => image.src),
+        broken: document.querySelectorAll('.problematic, .system-message').length,
+    };
+}"""
+
+
+def missing(reason):
+    """Skip, or fail where a browser must be there."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The Chromium of the system, one for all tests."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if not found:
+        missing(f"the pages are not tested: no browser found (looked for {', '.join(NAMES[:3])})")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=OFFLINE)
+        yield browser
+        browser.close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A file server that prints nothing."""
+
+    def log_message(self, *words):
+        """Keep silent."""
+
+
+@pytest.fixture(scope="session")
+def site():
+    """The address of the built site on this machine; built first if it is not there."""
+    if not (SITE / "index.html").exists():
+        subprocess.run(["make", "book"], cwd=ROOT, check=True)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def watch(page, site, trouble):
+    """Write down everything on a page that a reader should not meet."""
+    page.on("console", lambda m: trouble.append(f"console: {m.text}") if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: trouble.append(f"script error: {error}"))
+    page.on("requestfailed", lambda r: trouble.append(f"failed: {r.url} {r.failure}"))
+    page.on("response", lambda r: trouble.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+    page.on(
+        "request",
+        lambda r: trouble.append(f"foreign: {r.url}") if not r.url.startswith((site, "data:", "blob:")) else None,
+    )
+
+
+def visit(page, address):
+    """Open a page, wait until it is quiet and its formulas are set."""
+    page.goto(address, wait_until="load")
+    page.wait_for_function("() => !window.MathJax || (MathJax.startup && MathJax.startup.promise)")
+    page.evaluate("() => window.MathJax && MathJax.startup.promise")
+    page.wait_for_load_state("networkidle")
+
+
+@pytest.fixture(scope="session")
+def visits(browser, site):
+    """(chapter, width, theme) -> what the page said; every page is opened once for each screen."""
+    found = {}
+    for screen in (Screen(1280, "light"), Screen(390, "dark")):
+        context = browser.new_context(viewport={"width": screen.width, "height": 900}, color_scheme=screen.theme)
+        page, trouble = context.new_page(), []
+        watch(page, site, trouble)
+        for chapter in [*CHAPTERS, "references"]:
+            visit(page, f"{site}/book/{chapter}.html")
+            found[chapter, screen.width, screen.theme] = Visit(page.evaluate(FACTS), list(trouble))
+            # the other theme on the same screen, without loading the page again
+            other = "dark" if screen.theme == "light" else "light"
+            page.emulate_media(color_scheme=other)
+            page.wait_for_function(f"() => document.documentElement.dataset.theme === '{other}'")
+            found[chapter, screen.width, other] = Visit(page.evaluate(FACTS), list(trouble))
+            page.emulate_media(color_scheme=screen.theme)
+            trouble.clear()
+        context.close()
+    return found
+
+
+PAGES = [*CHAPTERS, "references"]
+every_page = pytest.mark.parametrize("chapter", PAGES)
+every_screen = pytest.mark.parametrize(
+    "screen", [Screen(w, t) for w in (1280, 390) for t in ("light", "dark")], ids=str
+)
+
+
+@every_page
+@every_screen
+def test_a_page_loads_without_trouble(visits, chapter, screen):
+    facts, trouble = visits[chapter, *screen]
+    assert trouble == []
+    assert facts["lost"] == [] and facts["broken"] == 0
+    assert facts["title"]
+
+
+@every_page
+def test_a_narrow_screen_does_not_scroll_sideways(visits, chapter):
+    for theme in ("light", "dark"):
+        facts = visits[chapter, 390, theme].facts
+        assert facts["sideways"] <= 0
+        assert facts["wide"] == []
+
+
+@every_page
+def test_the_theme_reaches_the_page_and_its_outputs(visits, chapter):
+    for width in (1280, 390):
+        light, dark = visits[chapter, width, "light"].facts, visits[chapter, width, "dark"].facts
+        assert min(light["ground"][:3]) > 230 and max(dark["ground"][:3]) < 50
+        # an output's ground is the page's own: transparent, or dark in the dark
+        assert all(len(c) == 4 and c[3] == 0 or max(c[:3]) < 70 for c in dark["grounds"])
+
+
+@every_page
+def test_formulas_are_typeset_and_load_nothing_elsewhere(visits, chapter):
+    facts = visits[chapter, 1280, "light"].facts
+    assert facts["typeset"] == facts["math"] and facts["mathErrors"] == 0
+    assert facts["mathjax"] == (facts["math"] > 0)
+
+
+@every_page
+def test_code_can_be_copied(visits, chapter):
+    facts = visits[chapter, 1280, "light"].facts
+    assert facts["copy"] == facts["code"] and (facts["code"] > 0 or chapter == "references")
+
+
+@every_page
+def test_a_page_names_its_version_and_has_one_search_field(visits, chapter):
+    facts = visits[chapter, 1280, "light"].facts
+    assert re.match(r"gpt3lib \d+\.\d+\.\d+", facts["footer"])
+    assert facts["search"] == 1
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_can_be_run_elsewhere_and_downloaded(visits, chapter):
+    links = visits[chapter, 1280, "light"].facts["links"]
+    name = REPOSITORY.removeprefix("https://github.com/")
+    file = f"book/{chapter}.ipynb"
+    assert f"https://colab.research.google.com/github/{name}/blob/main/{file}" in links
+    assert f"https://mybinder.org/v2/gh/{name}/main?urlpath=lab/tree/{file}" in links
+    assert any(link.endswith(f"/_sources/{file}") for link in links)
+    assert (SITE / "_sources" / file).read_bytes() == (ROOT / file).read_bytes()
+    assert REPOSITORY in links
+
+
+@every_page
+def test_a_page_weighs_less_than_a_megabyte(chapter):
+    html = SITE / "book" / f"{chapter}.html"
+    images = set(re.findall(r'src="(\.\./_images/[^"]+)"', html.read_text()))
+    assert html.stat().st_size + sum((html.parent / image).stat().st_size for image in images) <= 1_000_000
+
+
+def test_the_front_page_has_a_living_picture(visits):
+    assert visits["index", 1280, "light"].facts["pictures"] >= 1
+
+
+def test_the_address_of_the_site_leads_to_the_front_page(browser, site):
+    page = browser.new_page()
+    page.goto(site)
+    page.wait_for_url(f"{site}/book/index.html")
+    page.close()
+
+
+def test_search_finds_a_chapter(browser, site):
+    page, trouble = browser.new_page(), []
+    watch(page, site, trouble)
+    page.goto(f"{site}/book/index.html")
+    page.locator(".search-button-field").first.click()
+    page.locator("#pst-search-dialog input[type=search]").fill("attention")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/search.html?q=attention**")
+    page.wait_for_selector("#search-results li a")
+    assert any("03_attention" in link.get_attribute("href") for link in page.locator("#search-results li a").all())
+    page.wait_for_load_state("networkidle")
+    assert trouble == []
+    page.close()
+
+
+def test_a_watched_page_that_misbehaves_is_caught(browser, site):
+    page, trouble = browser.new_page(), []
+    watch(page, site, trouble)
+    page.goto(f"{site}/book/references.html")
+    page.evaluate("() => fetch('/no-such-file')")
+    page.evaluate("() => { console.error('oops'); setTimeout(() => { throw new Error('thrown') }) }")
+    page.evaluate("() => fetch('http://127.0.0.1:9/elsewhere').catch(() => 0)")
+    page.evaluate("() => { document.querySelector('article').innerHTML += '<div style=\"width:2000px\">wide</div>' }")
+    words = " ".join(trouble)
+    assert all(word in words for word in ("404: ", "oops", "thrown", "foreign: http://127.0.0.1:9", "failed: "))
+    assert page.evaluate(FACTS)["sideways"] > 0
+    page.close()

