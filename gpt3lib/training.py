@@ -1,4 +1,4 @@
-"""Predict, compare, update, repeat: from one sentence to a million parameters trained before your eyes."""
+"""Predict, compare, update, repeat: from one sentence to a model that is trained before your eyes."""
 
 # Made from book/08_training.ipynb by tools/export.py; edit the chapter, not this file.
 import math
@@ -77,7 +77,7 @@ def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.A
 
 
 def learning_rate(step: int, n_steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up to `peak`, a cosine down to a tenth of it, then constant ([B20] App. B, there counted in tokens)."""
+    """Linear warm-up to `peak`, a cosine down to a tenth of it, then level ([B20] App. B, which counts tokens)."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if step >= n_steps:

@@ -183,7 +183,9 @@ def test_each_role_that_is_used_has_a_colour_and_no_other(name):
     for element, _ in walk(root):
         for key in ("fill", "stroke"):
             used.update(re.findall(r"var\(--(\w+)\)", element.get(key, "")))
-    given = re.findall(r"--(\w+):var\(--draw-(\w+),color-mix\(in srgb,(#\w{6}) 60%,currentColor\)\);", root.get("style"))
+    given = re.findall(
+        r"--(\w+):var\(--draw-(\w+),color-mix\(in srgb,(#\w{6}) 60%,currentColor\)\);", root.get("style")
+    )
     assert used and {role for role, _, _ in given} == used
     assert all(role == site and ROLES[role] == value for role, site, value in given)
 
@@ -320,7 +322,7 @@ def test_a_wide_character_takes_two_columns():
 def test_a_token_fits_into_its_box(string, width):
     picture = Picture(300, 40, "x")
     assert picture.token(4, 4, string, "input", width) == width
-    rect, text = (picture.parts[0], picture.parts[1])
+    rect, text = picture.parts
     assert f'width="{width:.5g}"' in rect
     shown = re.search(r">(.*)</text>", text, re.DOTALL).group(1)
     assert len(shown) >= (1 if string else 0)
@@ -331,6 +333,8 @@ def test_a_token_fits_into_its_box(string, width):
         assert drawn == show_token(string)
     elif len(drawn) > 1:
         assert drawn.endswith("…") and show_token(string).startswith(drawn[:-1])
+        if string.isascii():  # one more character would not have fitted
+            assert token_width(drawn + "x") > width
 
 
 @given(st.lists(st.text(min_size=1, max_size=70), max_size=30))
@@ -415,7 +419,9 @@ def test_an_attention_map_has_nothing_above_the_diagonal(T):
     weights = torch.rand(T, T, generator=torch.Generator().manual_seed(T))
     found = cells(pictures.attention_map(weights, [f"t{i}" for i in range(T)], "x", cell=30))
     left, top = found[0][:2]
-    places = {(round((y - top) / 30), round((x - left) / 30)): (number, strength) for x, y, number, _, strength in found}
+    places = {
+        (round((y - top) / 30), round((x - left) / 30)): (number, strength) for x, y, number, _, strength in found
+    }
     assert places.keys() == {(i, j) for i in range(T) for j in range(i + 1)} and len(found) == T * (T + 1) // 2
     for (i, j), (number, strength) in places.items():
         assert number == pytest.approx(weights[i, j].item(), rel=0.06)
@@ -566,7 +572,11 @@ def test_sliding_has_one_label_more_to_the_right_in_each_row():
         if element.tag == "text" and element.text.startswith("w"):
             places.setdefault(element.get("y"), []).append((element.text, element.get("fill"), element.get("x")))
     rows = list(places.values())
-    assert [[text for text, fill, _ in row if fill == ink("input")] for row in rows] == [words[:4], words[:5], words[:6]]
+    assert [[text for text, fill, _ in row if fill == ink("input")] for row in rows] == [
+        words[:4],
+        words[:5],
+        words[:6],
+    ]
     assert [[text for text, fill, _ in row if fill == ink("label")] for row in rows] == [["w4"], ["w5"], ["w6"]]
     columns = {(text, x) for row in rows for text, _, x in row}
     assert len(columns) == 7  # each token keeps its column

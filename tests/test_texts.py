@@ -66,7 +66,7 @@ def test_an_unknown_package_is_named_with_those_that_exist():
 
 def test_a_good_file_in_the_cache_needs_no_download_and_no_write_access(mirror, empty_cache, monkeypatch):
     empty_cache.mkdir(parents=True)
-    good = shutil.copy(next(mirror.iterdir()), empty_cache)
+    good = Path(shutil.copy(next(mirror.iterdir()), empty_cache))
     monkeypatch.setattr(texts, "download", no_download)
     monkeypatch.setattr(texts.os, "replace", no_download)
     monkeypatch.setattr(texts.tempfile, "TemporaryDirectory", no_download)

@@ -32,8 +32,7 @@ def train_model(name: str) -> GPT:
 
     def log(step: int, loss: float) -> None:
         if (step + 1) % EVERY == 0:
-            held_out = evaluate(model, validation)
-            print(f"step {step + 1} of {RECIPES[name]['n_steps']}: loss {loss:.3f}, held out {held_out:.3f}", flush=True)
+            print(f"step {step + 1}: loss {loss:.3f}, held out {evaluate(model, validation):.3f}", flush=True)
 
     train(model, training, on_step=log, **RECIPES[name])
     return model
