@@ -36,8 +36,9 @@ $(READY): pyproject.toml constraints.txt
 
 $(SITE): $(READY) $(SITE_SOURCES)
 	@echo "==> site: building, warnings are errors"
-	@$(BIN)/jupyter-book build . --all -W -n --keep-going -q > _build.log 2>&1 && rm _build.log || \
-		{ cat _build.log; rm -f _build.log $@; exit 1; }
+	@rm -rf _build
+	@$(BIN)/jupyter-book build . -W -n --keep-going -q > .venv/book.log 2>&1 && rm .venv/book.log || \
+		{ cat .venv/book.log; rm -f .venv/book.log $@; exit 1; }
 	@touch $@
 
 book: $(SITE)

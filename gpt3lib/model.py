@@ -103,12 +103,14 @@ def initialise(blocks: nn.ModuleList) -> None:
     """
     for name, parameter in blocks.named_parameters():
         if parameter.dim() == 2:
-            writes = name.endswith(("attention.wo.weight", "mlp.down.weight"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(blocks)) if writes else 0.02)
+            nn.init.normal_(parameter, std=0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
         else:
             nn.init.ones_(parameter)
+    for block in blocks:
+        for linear in (block.attention.wo, block.mlp.down):
+            nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(blocks)))
 
 
 class GPT(nn.Module):

@@ -385,7 +385,7 @@ def word_vector_word(word: str, vector_in, vector_out, guesses, alt: str) -> Pic
     picture.token(154 - width / 2, 6, word, "input", width)
     with picture.during(2):
         model_box(picture, 128, "the layers", x=22, width=264)
-    arrows = (1, 36, "1  word to vector"), (2, 98, "2  compute"), (3, 178, ""), (4, 236, "3  vector to word")
+    arrows = (1, 36, "1  word to vector"), (2, 98, "2  compute"), (3, 178, "result"), (4, 236, "3  vector to word")
     for step, y, words in arrows:
         with picture.during(step):
             picture.arrow(154, y, 154, y + 27)

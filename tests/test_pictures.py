@@ -37,6 +37,7 @@ DRAWINGS = {
     "tracks": lambda strings, alt: pictures.tracks(strings, 2048, alt),
     "word_vector_word": lambda strings, alt: pictures.word_vector_word(strings[0], VECTOR, -VECTOR, AFTER, alt),
 }
+calm = settings(deadline=None, max_examples=60)  # on a busy machine too
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
 
@@ -138,7 +139,7 @@ def test_a_drawing_is_well_formed_and_stays_inside_its_frame(name, strings):
     for element, _ in walk(root):
         if element.tag == "rect":
             x, y, w, h = (float(element.get(key)) for key in ("x", "y", "width", "height"))
-            assert -0.01 <= x and x + w <= width + 0.01 and -0.01 <= y and y + h <= height + 0.01
+            assert x >= -0.01 and x + w <= width + 0.01 and y >= -0.01 and y + h <= height + 0.01
         if element.tag == "text":
             size = float(element.get("font-size"))
             assert size >= 14
@@ -149,7 +150,7 @@ def test_a_drawing_is_well_formed_and_stays_inside_its_frame(name, strings):
                 if element.get("transform"):
                     assert y + left - long >= -1 and y <= height
                 else:
-                    assert -1 <= x - left and x - left + long <= width + 1
+                    assert x - left >= -1 and x - left + long <= width + 1
             assert 10 <= y <= height - 2
 
 
@@ -183,11 +184,10 @@ def test_each_role_that_is_used_has_a_colour_and_no_other(name):
     for element, _ in walk(root):
         for key in ("fill", "stroke"):
             used.update(re.findall(r"var\(--(\w+)\)", element.get(key, "")))
-    given = re.findall(
-        r"--(\w+):var\(--draw-(\w+),color-mix\(in srgb,(#\w{6}) 60%,currentColor\)\);", root.get("style")
-    )
-    assert used and {role for role, _, _ in given} == used
-    assert all(role == site and ROLES[role] == value for role, site, value in given)
+    rule = r"--(\w+):var\(--draw-(\w+),color-mix\(in srgb,(#\w{6}) \d+%,currentColor\)\);"
+    rules = re.findall(rule, root.get("style"))
+    assert used and {role for role, _, _ in rules} == used
+    assert all(role == site and ROLES[role] == value for role, site, value in rules)
 
 
 @every_drawing
@@ -273,6 +273,7 @@ def test_an_unknown_role_is_refused():
 # --- strokes ---
 
 
+@calm
 @given(*[st.floats(0, 400)] * 4)
 def test_an_arrow_ends_where_it_should(x1, y1, x2, y2):
     picture = Picture(400, 400, "x")
@@ -318,6 +319,7 @@ def test_a_wide_character_takes_two_columns():
     assert token_width("法") == token_width("🙂") == token_width("ab")
 
 
+@calm
 @given(st.text(max_size=40), st.floats(22, 200))
 def test_a_token_fits_into_its_box(string, width):
     picture = Picture(300, 40, "x")
@@ -333,10 +335,16 @@ def test_a_token_fits_into_its_box(string, width):
         assert drawn == show_token(string)
     elif len(drawn) > 1:
         assert drawn.endswith("…") and show_token(string).startswith(drawn[:-1])
-        if string.isascii():  # one more character would not have fitted
-            assert token_width(drawn + "x") > width
 
 
+@pytest.mark.parametrize("columns, drawn", [(10, "abcdefghij"), (9, "abcdefgh…"), (5, "abcd…"), (2, "a…"), (1, "…")])
+def test_a_token_too_long_for_its_box_is_cut_at_its_end(columns, drawn):
+    picture = Picture(300, 40, "x")
+    picture.token(4, 4, "abcdefghij", width=token_width("x" * columns))
+    assert texts(picture) == [(drawn, ink("input"))]
+
+
+@calm
 @given(st.lists(st.text(min_size=1, max_size=70), max_size=30))
 def test_wrapped_tokens_stay_inside_and_do_not_touch(strings):
     places, bottom = pictures.wrap(strings, left=10, top=5, right=300, row=40)
@@ -372,6 +380,7 @@ def cells(picture):
     return found
 
 
+@calm
 @given(st.floats(-10, 10), st.floats(0.01, 10))
 def test_heat_says_sign_and_size(value, scale):
     fill, strength = re.fullmatch(r'fill="(.*)" fill-opacity="(.*)"', pictures.heat(value, scale, "stream")).groups()
@@ -419,11 +428,9 @@ def test_an_attention_map_has_nothing_above_the_diagonal(T):
     weights = torch.rand(T, T, generator=torch.Generator().manual_seed(T))
     found = cells(pictures.attention_map(weights, [f"t{i}" for i in range(T)], "x", cell=30))
     left, top = found[0][:2]
-    places = {
-        (round((y - top) / 30), round((x - left) / 30)): (number, strength) for x, y, number, _, strength in found
-    }
+    places = {(round((y - top) / 30), round((x - left) / 30)): rest for x, y, *rest in found}
     assert places.keys() == {(i, j) for i in range(T) for j in range(i + 1)} and len(found) == T * (T + 1) // 2
-    for (i, j), (number, strength) in places.items():
+    for (i, j), (number, _, strength) in places.items():
         assert number == pytest.approx(weights[i, j].item(), rel=0.06)
         assert strength == pytest.approx(0.06 + 0.84 * weights[i, j].item(), abs=0.0051)
 
@@ -457,6 +464,7 @@ def drawn(spans, seconds=1.0):
     return picture
 
 
+@calm
 @given(st.lists(spans, min_size=1, max_size=6))
 def test_during_each_step_what_was_asked_for_is_seen(asked):
     n_steps = max(start + (length or 1) for start, length in asked)
@@ -468,6 +476,7 @@ def test_during_each_step_what_was_asked_for_is_seen(asked):
     assert texts(picture) == texts(picture, n_steps - 1)  # without motion: the last step
 
 
+@calm
 @given(spans, spans)
 def test_a_span_inside_a_span_is_seen_during_both(outer, inner):
     picture = Picture(100, 30, "x")
@@ -572,12 +581,10 @@ def test_sliding_has_one_label_more_to_the_right_in_each_row():
         if element.tag == "text" and element.text.startswith("w"):
             places.setdefault(element.get("y"), []).append((element.text, element.get("fill"), element.get("x")))
     rows = list(places.values())
-    assert [[text for text, fill, _ in row if fill == ink("input")] for row in rows] == [
-        words[:4],
-        words[:5],
-        words[:6],
-    ]
-    assert [[text for text, fill, _ in row if fill == ink("label")] for row in rows] == [["w4"], ["w5"], ["w6"]]
+    for row, end in zip(rows, (4, 5, 6)):
+        assert [(text, fill) for text, fill, _ in row[:-1]] == [(word, ink("input")) for word in words[:end]]
+        assert row[-1][:2] == (words[end], ink("label"))
+    assert len(rows) == 3
     columns = {(text, x) for row in rows for text, _, x in row}
     assert len(columns) == 7  # each token keeps its column
     assert texts(pictures.sliding(words[:5], 4, 3, "x")) == texts(pictures.sliding(words[:5], 4, 1, "x"))
@@ -602,6 +609,7 @@ def test_the_bars_of_a_training_step_have_one_scale():
     root = parse(pictures.training_step(PROMPT, BEFORE, " law", AFTER, "x"))
     bars = [float(element.get("width")) for element, _ in walk(root) if element.get("rx") == "2"]
     assert [bar / bars[0] for bar in bars] == [pytest.approx(ratio, rel=0.02) for ratio in (1, 0.5, 2, 0.5)]
+    assert max(bars) == pytest.approx(208 - token_width(" law") - 60, abs=0.1)  # the largest fills the line
 
 
 def test_one_token_comes_at_a_time_and_stays():
@@ -666,7 +674,7 @@ def test_a_word_becomes_a_vector_becomes_a_word():
     assert sum(text == "… 128 numbers" for text, _ in texts(picture)) == 2
 
 
-@settings(max_examples=20)
+@calm
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=25))
 def test_films_of_any_tokens_are_well_formed(strings):
     strings = [re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "�", string) for string in strings]

@@ -59,6 +59,7 @@ FACTS = """() => {
         copy: document.querySelectorAll('div.highlight button.copybtn').length,
         search: [...document.querySelectorAll('form.bd-search, .search-button-field')].filter(seen).length,
         links: [...document.querySelectorAll('a[href]')].map((a) => a.href),
+        icons: [...document.querySelectorAll('.article-header-buttons .btn [class*="fa-"]')].filter(seen).length,
         footer: document.querySelector('.extra_footer')?.innerText || '',
         pictures: document.querySelectorAll('div.picture svg').length,
         lost: [...document.images].filter((image) => image.complete && !image.naturalWidth).map((image) => image.src),
@@ -95,9 +96,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def site():
-    """The address of the built site on this machine; built first if it is not there."""
-    if not (SITE / "index.html").exists():
-        subprocess.run(["make", "book"], cwd=ROOT, check=True)
+    """The address of the site on this machine, built first if it is missing or older than its sources."""
+    built = subprocess.run(["make", "book"], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -197,6 +198,7 @@ def test_a_page_names_its_version_and_has_one_search_field(visits, chapter):
     facts = visits[chapter, 1280, "light"].facts
     assert re.match(r"gpt3lib \d+\.\d+\.\d+", facts["footer"])
     assert facts["search"] == 1
+    assert facts["icons"] >= 4  # repository, download, full screen, theme
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

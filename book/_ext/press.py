@@ -1,5 +1,6 @@
 """What the site needs beyond Jupyter Book: citation labels, no script without a use, the version on every page."""
 
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -49,6 +50,15 @@ def leave_out_unused_math(app, pagename, templatename, context, doctree) -> None
         ]
 
 
+def leave_out_icon_script(app, exception) -> None:
+    """Take the theme's icon script (1.5 MB) out of the finished pages: its style sheet draws the same icons."""
+    script = re.compile(r"\s*<(script|link)\b[^>]*fontawesome\.js[^>]*>(</script>)?")
+    for path in Path(app.outdir).rglob("*.html"):
+        path.write_text(script.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (Path(app.outdir) / "_static" / "scripts").glob("fontawesome.js*"):
+        path.unlink()
+
+
 def print_version(app, config) -> None:
     """Put the version line below every page."""
     config.html_theme_options["extra_footer"] = version_line(Path(app.srcdir))
@@ -59,5 +69,6 @@ def setup(app):
     register_plugin("pybtex.style.formatting", "keys", KeyStyle)
     leave_out_live_code(app)
     app.connect("config-inited", print_version)
+    app.connect("build-finished", leave_out_icon_script)
     app.connect("html-page-context", leave_out_unused_math, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
