@@ -90,3 +90,11 @@ def test_the_continuous_build_runs_the_two_commands():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
     assert {"run": ".ci/run"} in workflow["jobs"]["test"]["steps"]
     assert workflow["jobs"]["test"]["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest"]
+
+
+@pytest.mark.parametrize("tool", ["execute", "export"])
+def test_a_chapter_that_is_not_there_is_refused(tool):
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "99_nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "99_nothing; " in done.stderr and "03_attention" in done.stderr and "Traceback" not in done.stderr

@@ -151,6 +151,10 @@ def main() -> int:
     """The command line."""
     os.environ.update(ENVIRONMENT)
     names = [Path(name).stem for name in sys.argv[1:]] or chapters()
+    unknown = set(names) - set(chapters())
+    if unknown:
+        print(f"no chapter {', '.join(sorted(unknown))}; there are {', '.join(chapters())}", file=sys.stderr)
+        return 1
     total = 0.0
     for name in names:
         print(f"{name} … ", end="", flush=True)

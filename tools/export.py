@@ -181,6 +181,9 @@ def main() -> int:
     try:
         if arguments.chapters:
             names = [Path(chapter).stem for chapter in arguments.chapters]
+            unknown = [name for name in names if name not in CHAPTERS]
+            if unknown:
+                raise ExportError(f"no module is made from {', '.join(unknown)}; from {', '.join(CHAPTERS)} one is")
             modules = {f"{CHAPTERS[name]}.py": module_source(ROOT / "book" / f"{name}.ipynb") for name in names}
         else:
             modules = all_modules()
