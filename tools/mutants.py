@@ -27,11 +27,12 @@ class MutantError(RuntimeError):
 
 
 def copy_project(folder: Path) -> None:
-    """The library and its tests, without the tests of the book; data/ is linked, not copied."""
+    """The library and its tests, without the tests of the book; what no mutant changes is linked."""
     shutil.copytree(ROOT / "gpt3lib", folder / "gpt3lib", ignore=shutil.ignore_patterns("__pycache__"))
     book_tests = ("__pycache__", "test_book*", "test_site*", "test_press*")
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns(*book_tests))
-    (folder / "data").symlink_to(ROOT / "data")
+    for linked in ("data", "book"):
+        (folder / linked).symlink_to(ROOT / linked)
 
 
 def apply(folder: Path, module: str, old: str, new: str) -> None:
