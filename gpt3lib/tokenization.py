@@ -75,7 +75,7 @@ def train_bpe(text: str, n_merges: int) -> list[tuple[int, int]]:
     """Learn up to `n_merges` merges: the most frequent pair, again and again (ties: the smaller ids).
 
     Stops early when no pair occurs twice. Only the words that hold the merged
-    pair are touched, so the cost of a merge does not depend on the length of the text.
+    pair are touched, so a merge costs what those words cost, not another walk through the text.
     """
     counts = Counter(split(text))
     words = [[BYTE_TO_ID[byte] for byte in chunk.encode()] for chunk in counts]
@@ -207,7 +207,7 @@ class Tokenizer:
         return cls.from_merges(gpt2_file("vocab.bpe").decode(), "vocab.bpe")
 
     def to_tiktoken(self, name: str) -> tiktoken.Encoding:
-        """The same tokenizer as a tiktoken encoding: the same ids, many times faster."""
+        """The same tokenizer as a tiktoken encoding: the same ids, several times faster."""
         ranks = {word: i for i, word in enumerate(self.vocabulary[:-1])}
         special = {END_OF_TEXT: self.end_of_text}
         return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
