@@ -224,7 +224,7 @@ def mixed(one, other, part):
 
 def site_colours(selector):
     css = (ROOT / "book" / "_static" / "pictures.css").read_text()
-    block = re.search(rf"^{re.escape(selector)} \{{(.*?)\}}", css, re.MULTILINE | re.DOTALL).group(1)
+    block = re.search(rf"^ *{re.escape(selector)} \{{(.*?)\}}", css, re.MULTILINE | re.DOTALL).group(1)
     return {role: rgb(value) for role, value in re.findall(r"--draw-(\w+): (#\w{6});", block) if role in ROLES}
 
 
