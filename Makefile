@@ -13,7 +13,7 @@ SITE_SOURCES := _config.yml _toc.yml pyproject.toml $(wildcard book/*.ipynb book
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help book test lab export execute check clean
+.PHONY: help book test lab export execute check race clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make export    write gpt3lib/ from the chapters' exported cells"
 	@echo "make execute   run the chapters and store their outputs; CHAPTERS=\"03_attention\" runs some"
 	@echo "make check     style, gpt3lib in step with the chapters, form of the notebooks: seconds"
+	@echo "make race      gpt3lib beside transformers and plain PyTorch: speed and memory; PARTS=\"step decode\" runs some"
 	@echo "make clean     remove the environment and everything that was built"
 	@echo "Each makes its environment in .venv when it is missing or out of date. PYTHON=… picks the Python (3.11 or later)."
 
@@ -62,12 +63,17 @@ execute: $(READY)
 
 check: $(READY)
 	@echo "==> style"
-	@$(BIN)/ruff check --quiet gpt3lib tools tests book conftest.py
-	@$(BIN)/ruff format --quiet --check gpt3lib tools tests book conftest.py
+	@$(BIN)/ruff check --quiet gpt3lib tools benchmarks tests book conftest.py
+	@$(BIN)/ruff format --quiet --check gpt3lib tools benchmarks tests book conftest.py
 	@echo "==> gpt3lib in step with the chapters"
 	@$(BIN)/python tools/export.py --check
 	@echo "==> form of the notebooks"
 	@$(BIN)/python -m pytest -q tests/test_book.py
+
+# every core, unlike the tests: that is how a model is used
+race: $(READY)
+	@echo "==> race: medians of runs that take turns; close what else is running"
+	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/race.py $(PARTS)
 
 clean:
 	rm -rf .venv _build build *.egg-info .pytest_cache .ruff_cache .hypothesis

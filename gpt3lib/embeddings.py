@@ -33,20 +33,22 @@ class Embeddings(nn.Module):
     """Token and position embeddings, with the token table used again on the way out ([B20] §2.1, [R19]).
 
     wte: (vocab_size, d_model), one row a token, N(0, 0.02²);
-    wpe: (n_ctx, d_model), one row a track, N(0, 0.01²), as in GPT-2's released code.
+    wpe: (offset + n_ctx, d_model), track t has row offset + t, N(0, 0.01²), as in GPT-2's released code.
+    offset: rows before the first track's, 0 in the GPT family and 2 in OPT.
     """
 
-    def __init__(self, vocab_size: int, n_ctx: int, d_model: int):
+    def __init__(self, vocab_size: int, n_ctx: int, d_model: int, offset: int = 0):
         super().__init__()
-        self.vocab_size, self.n_ctx = vocab_size, n_ctx
+        self.vocab_size, self.n_ctx, self.offset = vocab_size, n_ctx, offset
         self.wte = nn.Embedding(vocab_size, d_model)
-        self.wpe = nn.Embedding(n_ctx, d_model)
+        self.wpe = nn.Embedding(offset + n_ctx, d_model)
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.01)
 
-    def forward(self, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, start: int = 0, pad: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) ids -> (B, T, d_model); the first token sits on track `start`.
 
+        pad: (B,) empty places before each text of the batch, whose own first token still sits on track 0.
         Raises TokenError for an id outside the vocabulary, ContextError for a track outside 0 … n_ctx - 1.
         """
         check_tokens(tokens, self.vocab_size)
@@ -56,7 +58,9 @@ class Embeddings(nn.Module):
         if stop > self.n_ctx:
             raise ContextError(f"{stop} tokens do not fit into a context of {self.n_ctx}; pass at most {self.n_ctx}")
         tracks = torch.arange(start, stop, device=tokens.device)  # (T,)
-        return self.wte(tokens) + self.wpe(tracks)  # (B, T, d_model)
+        if pad is not None:
+            tracks = (tracks - pad[:, None]).clamp(min=0)  # (B, T)
+        return self.wte(tokens) + self.wpe(tracks + self.offset)  # (B, T, d_model)
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor:
         """(B, T, d_model) -> logits (B, T, vocab_size): how well each vector fits each row of wte."""

@@ -102,11 +102,12 @@ def evaluate(model: nn.Module, tokens: torch.Tensor, n_windows: int = 32) -> flo
     return torch.stack(losses).sum().item() / n_windows
 
 
-def train(model, tokens, n_steps, batch_size=16, peak=3e-3, warmup=50, seed=0, on_step=None) -> list[float]:
+def train(model, tokens, n_steps, batch_size=16, peak=3e-3, warmup=50, seed=0, on_step=None, bf16=False) -> list[float]:
     """Train a model in place on a long tensor of ids; returns the loss of each step, in nats.
 
-    on_step(step, loss), if given, is called after each update. Raises TrainingError, before any
-    work for settings that make no sense, and at once when a loss or gradient is not finite.
+    on_step(step, loss), if given, is called after each update. bf16: matrix products in bfloat16 (autocast),
+    weights and their averages stay float32. Raises TrainingError, before any work for settings that make
+    no sense, and at once when a loss or gradient is not finite.
     """
     if n_steps < 1 or batch_size < 1:
         raise TrainingError(f"n_steps is {n_steps} and batch_size {batch_size}; both must be at least 1")
@@ -120,7 +121,8 @@ def train(model, tokens, n_steps, batch_size=16, peak=3e-3, warmup=50, seed=0, o
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, n_steps, peak, warmup)
         inputs, targets = batch(tokens, batch_size, model.config.n_ctx, seed, step)
-        loss = model.loss(inputs, targets)  # predict and compare
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
+            loss = model.loss(inputs, targets)  # predict and compare
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)

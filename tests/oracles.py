@@ -14,10 +14,13 @@ NORMS = {"ln_1": "ln_1", "ln_2": "ln_2"}
 def to_gpt2(model, attention: str = "eager") -> GPT2LMHeadModel:
     """A GPT2LMHeadModel in evaluation mode with a copy of `model`'s weights.
 
-    model: a gpt3lib.model.GPT with dense layers; attention: "eager" or "sdpa", their two implementations.
+    model: a gpt3lib.model.GPT with dense layers, or bands that cover the context;
+    attention: "eager" or "sdpa", their two implementations.
     Every weight of theirs is written: loading is strict.
     """
     c = model.config
+    assert set(c.kinds) == {"dense"} or c.n_ctx <= c.bandwidth, "GPT-2 has no banded layers"
+    assert (c.qkv_bias, c.scaled, c.activation, c.position_offset) == (True, True, "gelu_tanh", 0)
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.n_ctx, n_embd=c.d_model, n_layer=c.n_layers, n_head=c.n_heads
     )

@@ -16,6 +16,7 @@ from gpt3lib.attention import (
     attention_flops,
     attention_weights,
     causal_mask,
+    hide_padding,
 )
 
 
@@ -24,28 +25,30 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def by_hand(q, k, v):
+def by_hand(q, k, v, mask=None, scale=None):
     """Attention in plain Python: three nested loops over lists, and nothing of torch."""
     q, k, v = q.tolist(), k.tolist(), v.tolist()
     past, out = len(k) - len(q), []
     for i, query in enumerate(q):
-        scores = []
-        for j in range(past + i + 1):
-            scores.append(sum(query[c] * k[j][c] for c in range(len(query))) / math.sqrt(len(query)))
+        seen, scores = [j for j in range(len(k)) if (mask[i][j] if mask else j <= past + i)], []
+        for j in seen:
+            score = sum(query[c] * k[j][c] for c in range(len(query)))
+            scores.append(score / math.sqrt(len(query)) if scale is None else score * scale)
         powers = [math.exp(score - max(scores)) for score in scores]
-        out.append([sum(p * v[j][c] for j, p in enumerate(powers)) / sum(powers) for c in range(len(v[0]))])
+        out.append([sum(p * v[j][c] for j, p in zip(seen, powers)) / sum(powers) for c in range(len(v[0]))])
     return torch.tensor(out, dtype=torch.float64)
 
 
 class Kept:
     """The least that forward's cache must be."""
 
-    def __init__(self):
-        self.pairs = []
+    def __init__(self, most=10**6):
+        self.pairs, self.length, self.most = [], 0, most  # most: tracks that it returns
 
     def append(self, k, v):
         self.pairs.append((k, v))
-        return tuple(torch.cat(parts, dim=2) for parts in zip(*self.pairs))
+        self.length += k.shape[2]
+        return tuple(torch.cat(parts, dim=2)[:, :, -self.most :] for parts in zip(*self.pairs))
 
 
 sizes = st.tuples(st.integers(1, 9), st.integers(0, 7), st.integers(1, 5), st.integers(0, 2**31))
@@ -77,6 +80,22 @@ def test_both_equal_the_triple_loop(size):
     wanted = by_hand(q, k, v)
     torch.testing.assert_close(attend_slowly(q, k, v), wanted)
     torch.testing.assert_close(attend(q[None, None], k[None, None], v[None, None])[0, 0], wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.one_of(st.none(), st.floats(0.1, 2)), st.data())
+def test_any_mask_and_any_scale(size, scale, data):
+    n_queries, past, d_head, seed = size
+    q = normal(n_queries, d_head, seed=seed)
+    k, v = normal(2, n_queries + past, d_head, seed=seed + 1)
+    rows = st.lists(st.booleans(), min_size=n_queries + past, max_size=n_queries + past).filter(any)
+    rule = data.draw(st.one_of(st.none(), st.lists(rows, min_size=n_queries, max_size=n_queries)))
+    mask, wanted = None if rule is None else torch.tensor(rule), by_hand(q, k, v, rule, scale)
+    torch.testing.assert_close(attend_slowly(q, k, v, mask, scale), wanted)
+    torch.testing.assert_close(attend(q[None, None], k[None, None], v[None, None], mask, scale)[0, 0], wanted)
+    weights = attention_weights(q, k, mask, scale)
+    torch.testing.assert_close(weights @ v, wanted)
+    assert mask is None or not weights[~mask].any()
 
 
 @pytest.mark.parametrize("n_queries", [1, 2, 7, 8])
@@ -164,6 +183,79 @@ def test_in_bites_with_a_cache_equals_all_at_once(bites, heads):
     torch.testing.assert_close(torch.cat(pieces, dim=1), attention(x))
     k, v = cache.pairs[0]
     assert k.shape == v.shape == (2, heads[0], bites[0], heads[1])
+
+
+@pytest.mark.parametrize("n_keys", range(1, 8))
+def test_padding_hides_the_empty_tracks_and_leaves_nobody_alone(n_keys):
+    for n_queries in range(1, n_keys + 1):
+        past, pad = n_keys - n_queries, list(range(n_keys + 1))
+        for inner in (causal_mask(n_queries, n_keys), torch.eye(n_keys, dtype=torch.bool)[past:]):
+            mask = hide_padding(inner, torch.tensor(pad))
+            assert mask.shape == (len(pad), 1, n_queries, n_keys)
+            for b, empty in enumerate(pad):
+                wanted = [
+                    [(bool(inner[i, j]) and j >= empty) or j == past + i for j in range(n_keys)]
+                    for i in range(n_queries)
+                ]
+                assert mask[b, 0].tolist() == wanted
+    assert hide_padding(causal_mask(3, 3), torch.tensor([-2])).equal(causal_mask(3, 3)[None, None])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5), st.booleans())
+def test_a_padded_batch_equals_each_text_alone(pad, longest, scaled):
+    T, attention = max(pad) + longest, CausalSelfAttention(8, 2, 4, scaled=scaled).double()
+    x = normal(len(pad), T, 8)
+    out = attention(x, pad=torch.tensor(pad))
+    assert out.isfinite().all()
+    for b, empty in enumerate(pad):
+        torch.testing.assert_close(out[b : b + 1, empty:], attention(x[b : b + 1, empty:]))
+
+
+@pytest.mark.parametrize("bites", [[7, 1, 1], [3, 5, 1], [9]])
+def test_a_padded_batch_through_a_cache(bites):
+    attention, x, pad = CausalSelfAttention(8, 2, 4).double(), normal(3, 9, 8), torch.tensor([0, 2, 5])
+    cache = Kept()
+    pieces = torch.cat([attention(piece, cache, pad) for piece in x.split(bites, dim=1)], dim=1)
+    for b, empty in enumerate(pad.tolist()):
+        torch.testing.assert_close(pieces[b : b + 1, empty:], attention(x[b : b + 1, empty:]))
+
+
+def test_a_cache_may_have_forgotten_the_first_tracks():
+    """The cache returns its last 4 tracks: of the text with 5 empty ones, the fifth is still among them."""
+    attention, x, cache = CausalSelfAttention(8, 2, 4).double(), normal(2, 8, 8), Kept(most=4)
+    for piece in x.split([4, 4], dim=1):
+        last = attention(piece, cache, torch.tensor([0, 5]))
+    alone = attention(x[:1, 4:]), attention(x[1:, 5:])
+    torch.testing.assert_close(last[:1], alone[0])
+    torch.testing.assert_close(last[1:, 1:], alone[1])
+
+
+def test_the_options():
+    plain = CausalSelfAttention(12, 3, 4, qkv_bias=False, scaled=False).double()
+    assert [name for name, _ in plain.named_parameters() if "bias" in name] == ["wo.bias"]
+    x = normal(2, 7, 12)
+    q, k, v = (w(x).reshape(2, 7, 3, 4).transpose(1, 2) for w in (plain.wq, plain.wk, plain.wv))
+    wanted = torch.stack([torch.stack([by_hand(*qkv, scale=1.0) for qkv in zip(*text)]) for text in zip(q, k, v)])
+    torch.testing.assert_close(plain(x), plain.wo(wanted.transpose(1, 2).reshape(2, 7, 12)))
+    torch.testing.assert_close(plain.mix(q, k, v), wanted)
+
+
+@pytest.mark.parametrize("n_queries", [1, 3, 6])
+def test_under_autocast_attention_itself_stays_in_float32(n_queries):
+    q, k, v = (normal(2, 2, n, 8).bfloat16().requires_grad_() for n in (n_queries, 6, 6))
+    wanted = attend_slowly(q.double(), k.double(), v.double())
+    for mask in (None, causal_mask(n_queries, 6)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = attend(q, k, v, mask)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out.double(), wanted, atol=1e-6, rtol=1e-5)  # no 16 bits in between
+        out.sum().backward()
+        assert q.grad.dtype == torch.bfloat16
+    assert attend(q, k, v).dtype == torch.bfloat16
+    layer, x = CausalSelfAttention(16, 2, 8), torch.randn(1, 5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
 
 
 def test_heads_cut_the_width_and_keep_the_tracks():

@@ -1,5 +1,6 @@
 """The README keeps its word: its example runs, its links lead somewhere, its make targets exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,3 +27,12 @@ def test_make_targets_exist():
     named = set(re.findall(r"\bmake (\w+)", README))
     assert named >= {"book", "test", "lab", "help"}
     assert [target for target in named if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+def test_the_ratios_are_those_of_the_stored_race():
+    race = json.loads((ROOT / "data" / "experiments" / "race.json").read_text())
+    parts = [race["step"], race["step"], race["bf16"], race["long"]["2048"], race["long"]["8192"], race["decode"]]
+    rows = re.findall(r"^\| [^|]+ \| ((?:transformers|plain) [^|]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    expected = [(name, f"{part['ms'][name] / part['ms']['gpt3lib']:.2f}") for part, (name, _) in zip(parts, rows)]
+    assert rows == expected and len(rows) == len(parts)
+    assert race["about"]["processor"] in README and race["about"]["date"] in README

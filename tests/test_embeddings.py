@@ -13,10 +13,10 @@ from gpt3lib.embeddings import ContextError, Embeddings, check_tokens
 from gpt3lib.tokenization import TokenError
 
 
-def make(vocab_size=11, n_ctx=8, d_model=6, seed=0) -> Embeddings:
+def make(vocab_size=11, n_ctx=8, d_model=6, seed=0, offset=0) -> Embeddings:
     """Small tables with numbers large enough to see."""
     torch.manual_seed(seed)
-    embeddings = Embeddings(vocab_size, n_ctx, d_model)
+    embeddings = Embeddings(vocab_size, n_ctx, d_model, offset)
     for table in (embeddings.wte, embeddings.wpe):
         torch.nn.init.normal_(table.weight)
     return embeddings
@@ -51,6 +51,44 @@ def test_start_is_a_slice_of_the_whole(shape, data):
     start = data.draw(st.integers(0, n_ctx))
     stop = data.draw(st.integers(start, n_ctx))
     assert embeddings(tokens[:, start:stop], start=start).equal(embeddings(tokens)[:, start:stop])
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(0, 3), st.data())
+def test_offset_and_pad_one_by_one(shape, offset, data):
+    vocab_size, n_ctx, d_model, batch_size = shape
+    start = data.draw(st.integers(0, n_ctx - 1))
+    length = data.draw(st.integers(1, n_ctx - start))
+    pad = data.draw(st.lists(st.integers(0, start + length - 1), min_size=batch_size, max_size=batch_size))
+    embeddings = make(vocab_size, n_ctx, d_model, offset=offset)
+    tokens = torch.randint(vocab_size, (batch_size, length))
+    found = embeddings(tokens, start, torch.tensor(pad))
+    assert found.shape == (batch_size, length, d_model)
+    wte, wpe = embeddings.wte.weight, embeddings.wpe.weight
+    for b in range(batch_size):
+        for t in range(length):
+            if start + t >= pad[b]:  # a place that holds a token; what stands in an empty one is nobody's business
+                assert found[b, t].equal(wte[tokens[b, t]] + wpe[offset + start + t - pad[b]])
+
+
+def test_two_texts_of_different_lengths_begin_on_track_0():
+    embeddings = make()
+    long, short = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[6, 7]])
+    batch = embeddings(torch.cat([long, F.pad(short, (3, 0))]), pad=torch.tensor([0, 3]))
+    assert batch[0].equal(embeddings(long)[0]) and batch[1, 3:].equal(embeddings(short)[0])
+
+
+def test_an_offset_adds_rows_that_no_track_uses():
+    plain, shifted = make(), make(offset=2)
+    assert shifted.wpe.weight.shape == (10, 6) and shifted.n_ctx == 8 and shifted.offset == 2
+    shifted.wte.load_state_dict(plain.wte.state_dict())
+    shifted.wpe.weight.data[:2], shifted.wpe.weight.data[2:] = math.nan, plain.wpe.weight.data
+    tokens = torch.arange(8)[None]
+    assert shifted(tokens).equal(plain(tokens)) and shifted(tokens[:, 5:], 5).equal(plain(tokens[:, 5:], 5))
+    shifted(tokens).nansum().backward()
+    assert not shifted.wpe.weight.grad[:2].any() and shifted.wpe.weight.grad[2:].all()
+    with pytest.raises(ContextError, match="9 tokens do not fit into a context of 8"):
+        shifted(torch.zeros(1, 9, dtype=torch.int64))
 
 
 def test_the_same_token_differs_from_track_to_track():

@@ -1,6 +1,7 @@
 """Generation against independent judges: brute force, the slow twin, transformers, and chi-square."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,21 @@ from gpt3lib.embeddings import ContextError
 from gpt3lib.generation import (
     KVCache,
     LayerCache,
+    OneStep,
     PromptError,
+    Reader,
+    RingCache,
+    cache_numbers,
     choose,
     generate,
     generate_slowly,
+    is_plain,
     keep_top_k,
     keep_top_p,
     last_logits,
+    read_in_portions,
     scale,
+    stream,
 )
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.tokenization import TokenError
@@ -30,10 +38,10 @@ quick = settings(deadline=None, max_examples=30, derandomize=True)
 INF = float("inf")
 
 
-def lively(n_ctx=8, n_layers=2, n_heads=2, d_head=4, vocab_size=23, seed=0):
+def lively(n_ctx=8, n_layers=2, n_heads=2, d_head=4, vocab_size=23, seed=0, **options):
     """A random model whose logits are far from equal, so that a wrong number changes a token."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size, n_ctx, n_layers, n_heads * d_head, n_heads, d_head)).eval()
+    model = GPT(GPTConfig(vocab_size, n_ctx, n_layers, n_heads * d_head, n_heads, d_head, **options)).eval()
     for name, parameter in model.named_parameters():
         if "ln_" not in name:  # a bias before the unembedding would give every text the same favourite
             torch.nn.init.normal_(parameter, std=0.7)
@@ -56,6 +64,8 @@ models = st.builds(
     d_head=st.sampled_from([2, 4, 8]),
     vocab_size=st.integers(2, 40),
     seed=st.integers(0, 99),
+    attention=st.lists(st.sampled_from(["dense", "banded"]), min_size=1, max_size=3).map(tuple),
+    bandwidth=st.integers(1, 6),
 )
 ways = st.sampled_from([{"temperature": 0}, {}, {"temperature": 0.6, "top_k": 3}, {"top_p": 0.85}, {"top_k": 1}])
 # few different values, so that ties are common
@@ -207,7 +217,7 @@ def test_greedy_by_brute_force_across_the_end_of_the_window():
 @given(models, st.lists(st.integers(1, 4), min_size=1, max_size=6))
 def test_cached_logits_at_every_position(model, portions):
     tokens = prompts(model, 2, model.config.n_ctx)
-    cache, at = KVCache(model.config.n_layers, model.config.n_ctx), 0
+    cache, at = KVCache(model.config, model.config.n_ctx), 0
     with torch.no_grad():
         full = model(tokens)
         for size in [*portions, model.config.n_ctx]:
@@ -222,14 +232,14 @@ def test_last_logits_are_the_last_row():
     model = lively()
     tokens = prompts(model, 3, 5)
     torch.testing.assert_close(last_logits(model, tokens), model(tokens)[:, -1])
-    cache = KVCache(2, 5)
+    cache = KVCache(model.config, 5)
     last_logits(model, tokens[:, :4], cache)
     torch.testing.assert_close(last_logits(model, tokens[:, 4:], cache), model(tokens)[:, -1])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_greedy_is_transformers_greedy(seed):
-    model = lively(n_ctx=24, n_layers=3, seed=seed)
+    model = lively(n_ctx=24, n_layers=3, seed=seed, attention=("dense",))
     start = prompts(model, 3, 4, seed)
     judge = to_gpt2(model)
     judge.generation_config.eos_token_id = None  # go on to the end
@@ -261,6 +271,7 @@ def test_a_text_is_useful_for_training():
         text = function(model.train(), prompts(model, 2, 3), 4)
     hook.remove()
     assert graphs == [False] * 8 and not text.requires_grad and not text.is_inference()
+    assert not Reader(model, 5)(prompts(model, 2, 3)).is_inference()
     model.loss(text[:, :-1], text[:, 1:]).backward()
     assert model.training and all(parameter.grad is not None for parameter in model.parameters())
 
@@ -311,10 +322,259 @@ def test_a_layer_cache_returns_all_that_came():
 @pytest.mark.parametrize("t, n, slots", [(3, 2, 5), (3, 40, 8), (8, 1, 8)])
 def test_the_cache_is_no_longer_than_the_text_or_the_window(monkeypatch, t, n, slots):
     made = []
-    monkeypatch.setattr("gpt3lib.generation.KVCache", lambda *a: made.append(KVCache(*a)) or made[-1])
+    monkeypatch.setattr("gpt3lib.generation.KVCache", lambda *a, **b: made.append(KVCache(*a, **b)) or made[-1])
     generate(lively(n_ctx=8), prompts(lively(), 1, t), n)
     assert [len(made), made[0].layers[0].n_slots, made[0].layers[0].keys.shape[2]] == [1, slots, slots]
     assert made[0].layers[0].keys.numel() * 2 * 2 == 2 * 2 * 8 * slots  # 2 · n_layers · d_model a token
+
+
+@quick
+@given(st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.booleans())
+def test_a_ring_returns_the_end_of_the_text(n_slots, portions, in_order):
+    """All that the new tokens may look at; for a single token nothing else, and its order is free."""
+    text = torch.randn(2, 3, sum(portions), 4, generator=dice())
+    ring, at = RingCache(n_slots, in_order), 0
+    for size in portions:
+        keys, values = ring.append(text[:, :, at : at + size], -text[:, :, at : at + size])
+        at += size
+        wanted = text[:, :, max(0, at - size - n_slots + 1) : at]
+        assert keys.equal(-values) and keys.shape == wanted.shape
+        if size == 1 and not in_order:  # a stable order by what was stored
+            keys, wanted = (x[:, :, x[0, 0, :, 0].argsort()] for x in (keys, wanted))
+        assert keys.equal(wanted)
+        assert ring.length == at and ring.keys.shape[2] == n_slots
+        for c in range(max(0, at - n_slots), at):  # token c lies in slot c mod n_slots
+            assert ring.keys[:, :, c % n_slots].equal(text[:, :, c])
+
+
+def test_a_ring_does_not_hand_out_what_the_next_token_overwrites_too_early():
+    ring, text = RingCache(3), torch.randn(1, 1, 8, 2, generator=dice())
+    ring.append(text[:, :, :3], text[:, :, :3])
+    keys, values = ring.append(text[:, :, 3:8], text[:, :, 3:8])
+    assert keys.equal(text[:, :, 1:]) and values.equal(text[:, :, 1:])  # token 3 still sees 1 and 2
+
+
+def test_each_layer_has_the_cache_of_its_kind():
+    config = GPTConfig(23, 64, 3, 8, 2, 4, attention=("banded", "dense"), bandwidth=5)
+    kinds = [(type(held), held.n_slots) for held in KVCache(config, 20).layers]
+    assert kinds == [(RingCache, 5), (LayerCache, 20), (RingCache, 5)]
+    assert [(type(held), held.n_slots) for held in KVCache(config, 5).layers] == [(LayerCache, 5)] * 3
+    assert [held.in_order for held in KVCache(config, 9, padded=True).layers[::2]] == [True, True]
+    assert [held.in_order for held in KVCache(config, 9).layers[::2]] == [False, False]
+
+
+def test_a_band_wider_than_the_cache_forgets_nothing_in_silence():
+    config = GPTConfig(23, 64, 1, 8, 2, 4, attention=("banded",), bandwidth=9)
+    model, cache = GPT(config), KVCache(config, 4)
+    model.hidden(torch.zeros(1, 4, dtype=torch.int64), cache)
+    with pytest.raises(ContextError, match="5 tokens do not fit into a cache of 4 slots"):
+        model.hidden(torch.zeros(1, 1, dtype=torch.int64), cache)
+
+
+@quick
+@given(models, st.integers(1, 40))
+def test_cache_numbers_are_those_of_a_cache(model, n):
+    cache, n = KVCache(model.config, min(n, model.config.n_ctx)), min(n, model.config.n_ctx)
+    model.hidden(prompts(model, 1, n), cache)
+    assert cache_numbers(model.config, n) == sum(2 * held.keys.numel() for held in cache.layers)
+
+
+def test_cache_numbers_of_gpt3():
+    config = GPTConfig.from_name("gpt3-175b")
+    assert cache_numbers(replace(config, attention=("dense",)), 2048) == 2 * 96 * 12288 * 2048
+    assert cache_numbers(config, 2048) == 2 * 48 * 12288 * (2048 + 256)
+    assert cache_numbers(replace(config, attention=("banded",)), 2048) == 2 * 96 * 12288 * 256
+
+
+@quick
+@given(models, st.integers(1, 4), st.lists(st.integers(0, 2), min_size=1, max_size=4), st.booleans())
+def test_selected_rows_go_on_as_themselves(model, t, rows, in_order):
+    tokens, rows = prompts(model, 3, min(t, model.config.n_ctx - 1)), torch.tensor(rows)
+    new = prompts(model, len(rows), 1, seed=1)
+    cache = KVCache(model.config, model.config.n_ctx, in_order)
+    with torch.no_grad():
+        model.hidden(tokens, cache)
+        cache.select(rows)
+        full = last_logits(model, torch.cat([tokens[rows], new], dim=1))
+        torch.testing.assert_close(last_logits(model, new, cache), full, atol=1e-5, rtol=1e-4)
+
+
+# one step, written out ----------------------------------------------------------------------------------------------
+
+OTHERS = [
+    {},
+    {"qkv_bias": False, "scaled": False},
+    {"scaled": False},
+    {"activation": "relu", "position_offset": 2},
+    {"activation": "gelu", "attention": ("banded", "dense"), "bandwidth": 3},
+    {"attention": ("banded",), "bandwidth": 1},
+]
+
+
+@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("pad", [None, torch.tensor([2, 0, 1])])
+def test_one_step_is_last_logits(options, pad):
+    model = lively(n_ctx=12, n_layers=3, **options)
+    tokens = prompts(model, 3, 12)
+    fast, slow = (KVCache(model.config, 12, padded=pad is not None) for _ in range(2))
+    with torch.no_grad():
+        for norm in (model.blocks[1].ln_1, model.blocks[2].ln_2, model.ln_f):
+            norm.eps = 0.1  # whatever the norms say
+        for cache in (fast, slow):
+            model.hidden(tokens[:, :3], cache, pad)
+        step = OneStep(model)
+        for t in range(3, 12):
+            ours = step(tokens[:, t : t + 1], fast, pad)
+            torch.testing.assert_close(ours, last_logits(model, tokens[:, t : t + 1], slow, pad), atol=1e-5, rtol=1e-5)
+            if pad is None:
+                torch.testing.assert_close(ours, model(tokens[:, : t + 1])[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_one_step_copies_no_weight():
+    model = lively()
+    step = OneStep(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)  # a step made before sees the weights of now
+        cache, tokens = KVCache(model.config, 4), prompts(model, 2, 1)
+        torch.testing.assert_close(step(tokens, cache), last_logits(model, tokens))
+
+
+class OwnMLP(torch.nn.Module):
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def test_a_model_with_a_foreign_part_is_not_plain():
+    assert is_plain(lively()) and is_plain(lively(attention=("banded",), bandwidth=2))
+    model = lively()
+    hook = model.blocks[1].ln_2.register_forward_hook(lambda *_: None)
+    assert not is_plain(model)
+    hook.remove()
+    hook = model.blocks[0].register_forward_pre_hook(lambda *_: None)
+    assert not is_plain(model)
+    hook.remove()
+    assert is_plain(model)
+    with torch.autocast("cpu"):
+        assert not is_plain(model)
+    model.blocks[0].mlp.up = torch.nn.Sequential(model.blocks[0].mlp.up)
+    assert not is_plain(model)
+
+
+@pytest.mark.parametrize("t, n", [(3, 4), (3, 9)])
+def test_foreign_parts_are_heard(t, n):
+    """A replaced MLP, a hook that changes what flows: generate says what the slow twin says."""
+    model = lively(seed=1)
+    start = prompts(model, 2, t)
+    before = generate(model, start, n, temperature=0)
+    model.blocks[1].mlp = OwnMLP()
+    other = generate(model, start, n, temperature=0)
+    assert other.equal(generate_slowly(model, start, n, temperature=0)) and not other.equal(before)
+    model = lively(seed=1)
+    model.blocks[0].attention.register_forward_hook(lambda module, inputs, out: -out)
+    other = generate(model, start, n, temperature=0)
+    assert other.equal(generate_slowly(model, start, n, temperature=0)) and not other.equal(before)
+
+
+def test_a_plain_model_does_not_go_through_its_modules(monkeypatch):
+    model, calls = lively(n_ctx=16), []
+    forward = torch.nn.LayerNorm.forward
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda *a: calls.append(1) or forward(*a))
+    generate(model, prompts(model, 1, 3), 10)
+    assert len(calls) == 5  # two layers and the end, for the prompt only
+
+
+# the reader, and where texts end ------------------------------------------------------------------------------------
+
+
+@quick
+@given(models, st.lists(st.integers(0, 5), min_size=1, max_size=3), st.integers(0, 99))
+def test_a_reader_at_every_length(model, empty, seed):
+    """Against each text alone, without a cache: before and after the window slides."""
+    n_ctx = model.config.n_ctx
+    longest = min(n_ctx, max(empty) + 1)
+    pad = torch.tensor(empty).clamp(max=longest - 1)
+    read = Reader(model, n_ctx + 5, pad if pad.any() else None)
+    text = prompts(model, len(empty), n_ctx + 5, seed)
+    for t in range(longest, n_ctx + 5):
+        logits = read(text[:, :t])
+        for row, n in enumerate(pad.tolist()):
+            alone = last_logits(model, text[row : row + 1, n:t][:, -n_ctx:])
+            torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@quick
+@given(models, st.integers(1, 4), st.integers(1, 9))
+def test_portions_of_a_padded_prompt(model, size, t):
+    t = min(t, model.config.n_ctx)
+    tokens, pad = prompts(model, 3, t), torch.tensor([0, t - 1, t // 2])
+    with torch.no_grad():
+        caches = [KVCache(model.config, t, padded=True) for _ in range(2)]
+        logits = read_in_portions(model, tokens, caches[0], pad, size)
+        torch.testing.assert_close(logits, last_logits(model, tokens, caches[1], pad), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits, last_logits(model, tokens, pad=pad), atol=1e-5, rtol=1e-4)
+    assert caches[0].length == t
+
+
+def test_a_padded_prompt_is_read_in_portions_of_256_a_plain_one_at_once():
+    model, seen = lively(n_ctx=600), []
+    model.embeddings.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+    for pad in (None, torch.tensor([1])):
+        read_in_portions(model, prompts(model, 1, 520), KVCache(model.config, 600, pad is not None), pad)
+    assert seen == [520, 256, 256, 8]
+
+
+@quick
+@given(models, st.integers(1, 4), st.integers(1, 10), st.integers(0, 15), ways, st.integers(0, 99))
+def test_stop(model, b, t, n, way, seed):
+    """Against the text without a stop: the same up to each row's first stop, then the stop, to the longest row."""
+    start = prompts(model, b, min(t, model.config.n_ctx), seed)
+    t, stop = start.shape[1], seed % model.config.vocab_size
+    out = generate(model, start, n, **way, generator=dice(seed), stop=stop)[:, t:].tolist()
+    if way.get("temperature") != 0 and b > 1:  # ended rows still throw, and read other tokens: only greedy compares
+        free = out
+    else:
+        free = generate(model, start, n, **way, generator=dice(seed))[:, t:].tolist()
+    longest = max((row.index(stop) + 1 if stop in row else n) for row in free) if n else 0
+    for ended, row in zip(out, free):
+        wanted = row[: row.index(stop)] if stop in row else row
+        assert ended == wanted + [stop] * (longest - len(wanted))
+
+
+def test_stop_saves_the_work():
+    model = lively()
+    text = generate(model, prompts(model, 1, 3), 9, temperature=0)[0, 3:].tolist()
+    sign, steps = text[4], []
+    for chosen in stream(model, prompts(model, 1, 3), 9, temperature=0, stop=sign):
+        steps.append(chosen.tolist())
+    assert steps == [[i] for i in text[: text.index(sign) + 1]]
+
+
+def test_a_stream_is_lazy_and_its_tokens_are_those_of_generate():
+    model, seen = lively(), []
+    model.embeddings.register_forward_hook(lambda module, inputs, out: seen.append(1))
+    steps = stream(model, prompts(model, 2, 3), 7, temperature=0)
+    assert not seen
+    first = next(steps)
+    assert len(seen) == 1 and first.shape == (2,)
+    columns = torch.stack([first, *steps], dim=1)
+    assert columns.equal(generate(model, prompts(model, 2, 3), 7, temperature=0)[:, 3:])
+
+
+@quick
+@given(models, st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(0, 12), st.integers(0, 99))
+def test_padded_texts_are_what_they_are_alone(model, empty, n, seed):
+    t = min(model.config.n_ctx, max(empty) + 1)
+    pad = torch.tensor(empty).clamp(max=t - 1)
+    start = prompts(model, len(empty), t, seed)
+    out = generate(model, start, n, temperature=0, pad=pad)
+    for row, gone in zip(range(len(empty)), pad.tolist()):
+        alone = generate_slowly(model, start[row : row + 1, gone:], n, temperature=0)
+        assert out[row, gone:].equal(alone[0])
+    fillers = start.clone()
+    for row, gone in enumerate(pad.tolist()):
+        fillers[row, :gone] = (fillers[row, :gone] + 1) % model.config.vocab_size
+    assert generate(model, fillers, n, temperature=0, pad=pad)[:, t:].equal(out[:, t:])
 
 
 # errors -------------------------------------------------------------------------------------------------------------
@@ -354,6 +614,15 @@ WRONG = [
         "the generator is on cuda, the tokens on cpu; put both on one device",
     ),
 ]
+PADS = ([0], torch.tensor([3]), torch.tensor([-1]), torch.tensor([0, 0]), torch.tensor(0), torch.tensor([0.5]))
+ENDED = [({"stop": stop}, f"stop is {stop!r}; it must be one token id, 0 to 22") for stop in (23, -1, True, "a", 1.0)]
+ENDED += [({"pad": pad}, "pad must be a tensor of 1 whole numbers from 0 to 2, one for each prompt") for pad in PADS]
+
+
+@pytest.mark.parametrize("named, message", ENDED)
+def test_wrong_stops_and_pads(named, message):
+    with pytest.raises(PromptError, match=message):
+        generate(Untouchable(), OK, 3, **named)
 
 
 @pytest.mark.parametrize("arguments, named, error, message", WRONG)

@@ -289,6 +289,19 @@ def test_ten_losses_equal_gpt2_of_transformers():
     assert losses[-1] != pytest.approx(losses[0], abs=1e-2)  # ten different losses, not one ten times
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_multiplies_in_bfloat16_and_keeps_float32_weights(bf16):
+    tokens, seen = text_of(400), set()
+    exact, model = model_of(), model_of()
+    for linear in (model.blocks[0].attention.wq, model.blocks[1].mlp.down):
+        linear.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    losses = train(model, tokens, 10, batch_size=4, peak=1e-2, warmup=3, bf16=bf16)
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    expected = train(exact, tokens, 10, batch_size=4, peak=1e-2, warmup=3)
+    assert losses == pytest.approx(expected, abs=0.02) and (losses != expected) == bf16
+
+
 def test_training_repeats_to_the_last_bit_and_follows_its_seed():
     tokens = text_of(400)
     first, second, other = model_of(), model_of(), model_of()

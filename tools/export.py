@@ -23,17 +23,23 @@ CHAPTERS = {
     "01_tokenization": "tokenization",
     "02_embeddings": "embeddings",
     "03_attention": "attention",
+    "04_sparse_attention": "sparse_attention",
     "05_decoder": "model",
     "06_generation": "generation",
+    "06b_decoding": "decoding",
     "08_training": "training",
+    "13_real_weights": "weights",
     "a_pictures": "pictures",
 }
 PUBLIC = {
+    "decoding": ["beam_search", "generate_many", "write_on"],
     "embeddings": ["ContextError"],
     "generation": ["PromptError", "generate"],
     "model": ["GPT", "ConfigError", "GPTConfig"],
+    "sparse_attention": ["PatternError"],
     "texts": ["DataError"],
     "tokenization": ["TokenError", "Tokenizer"],
+    "weights": ["WeightsError"],
 }
 
 

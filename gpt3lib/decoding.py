@@ -1,0 +1,120 @@
+"""Many prompts in one batch, text that appears while it is made, and a search for the likeliest answer."""
+
+# Made from book/06b_decoding.ipynb by tools/export.py; edit the chapter, not this file.
+import codecs
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from gpt3lib.generation import PromptError, Reader, check_logits, check_request, generate, stream
+
+
+def pad_left(prompts: list[list[int]], fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of any lengths -> (B, T) ids that end in one column, and (B,) empty tracks before each.
+
+    fill: the id on empty tracks; nobody looks at it. Raises PromptError for no prompts and for an empty one.
+    """
+    if isinstance(prompts, str) or not all(isinstance(ids, list) for ids in prompts):
+        raise PromptError("prompts must be a list of lists of ids; encode each text first")
+    if not prompts or not all(prompts):
+        where = f"prompt {[*map(bool, prompts)].index(False)} is empty" if prompts else "there are no prompts"
+        raise PromptError(f"{where}; start a text from nothing with the end-of-text token")
+    longest = max(map(len, prompts))
+    pad = [longest - len(ids) for ids in prompts]
+    return torch.tensor([[fill] * n + ids for n, ids in zip(pad, prompts)]), torch.tensor(pad)
+
+
+def until(ids: list[int], stop: int | None) -> list[int]:
+    """The ids before the first `stop`; all of them when there is none."""
+    return ids[: ids.index(stop)] if stop in ids else ids
+
+
+def generate_many(
+    model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, stop=None
+) -> list[list[int]]:
+    """Lists of ids, of any lengths -> for each the list of its new ids, up to its first `stop` and without it.
+
+    One batch; with temperature 0 each text is what it would be alone. Arguments and errors as in generate.
+    """
+    tokens, pad = (tensor.to(model.embeddings.wte.weight.device) for tensor in pad_left(prompts))
+    pad = pad if pad.any() else None  # without empty tracks the faster kernel
+    out = generate(model, tokens, max_new_tokens, temperature, top_k, top_p, generator, stop, pad)
+    return [until(ids, stop) for ids in out[:, tokens.shape[1] :].tolist()]
+
+
+def whole_characters(tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of ids as they arrive, never half a character; joined, the pieces are tokenizer.decode(ids)."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for i in ids:
+        piece = decoder.decode(tokenizer.decode_bytes([i]))
+        if piece:
+            yield piece
+    rest = decoder.decode(b"", final=True)
+    if rest:
+        yield rest
+
+
+def write_on(
+    model, tokenizer, prompt: str, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, stop=None
+) -> Iterator[str]:
+    """A prompt -> an iterator over pieces of text that go on with it, each as soon as it is made.
+
+    Pieces are whole characters. stop: an id that ends the text and is not shown. Other arguments and errors as in
+    generate; errors come at the call, before the first piece.
+    """
+    tokens = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=model.embeddings.wte.weight.device)
+    ways = (temperature, top_k, top_p, generator, stop)
+    check_request(model, tokens, max_new_tokens, *ways)
+    chosen = (row.item() for row in stream(model, tokens, max_new_tokens, *ways))
+    return whole_characters(tokenizer, iter(chosen.__next__, stop))
+
+
+def penalise(log_probability: float, n_tokens: int, alpha: float) -> float:
+    """The score of a text in beam search: log p / ((5 + n) / 6) ** alpha ([W16] eq. 14, without coverage)."""
+    return log_probability / ((5 + n_tokens) / 6) ** alpha
+
+
+def check_search(tokens: torch.Tensor, width: int, length_penalty: float) -> None:
+    """Raise PromptError for more than one prompt, a search without beams, or a penalty that rewards shortness."""
+    if len(tokens) != 1:
+        raise PromptError(f"beam search takes one prompt (1, T), got {len(tokens)}; call it for each")
+    if type(width) is not int or width < 1:
+        raise PromptError(f"width is {width!r}; at least 1 text must be kept")
+    if not 0 <= length_penalty < float("inf"):  # also catches nan
+        raise PromptError(f"length_penalty is {length_penalty}; use 0 for none, or a positive number")
+
+
+@torch.no_grad()
+def beam_search(model, tokens, max_new_tokens, width=4, length_penalty=0.6, stop=None):
+    """(1, T) prompt -> the `width` best continuations found, best first, as lists of new ids, and their scores.
+
+    A score is log p / ((5 + n) / 6) ** length_penalty, where n counts the `stop` that ends a text and is not
+    returned; a text that never ended has max_new_tokens ids. Fewer come back when there are no more.
+    Raises PromptError, ContextError, TokenError before any work, FloatingPointError for logits that are no numbers.
+    """
+    check_request(model, tokens, max_new_tokens, 0, None, None, stop=stop)
+    check_search(tokens, width, length_penalty)
+    n_prompt, vocab_size = tokens.shape[1], model.config.vocab_size
+    read = Reader(model, n_prompt + max_new_tokens)
+    live, finished, n = torch.zeros(1, device=tokens.device), [], 0  # (beams,) log p; (score, new ids)
+    while n < max_new_tokens and len(live):
+        logits, n = read(tokens), n + 1
+        check_logits(logits)
+        totals = live[:, None] + logits.float().log_softmax(dim=-1)  # (beams, vocab_size)
+        if stop is not None:
+            texts = zip(totals[:, stop].tolist(), tokens[:, n_prompt:].tolist())
+            finished += [(penalise(total, n, length_penalty), ids) for total, ids in texts]
+            finished = sorted(finished, key=lambda text: -text[0])[:width]
+            totals[:, stop] = -torch.inf
+        live, best = totals.flatten().topk(min(width, totals.numel()))
+        live, best = live[live.isfinite()], best[live.isfinite()]
+        parents = best // vocab_size
+        tokens = torch.cat([tokens[parents], (best % vocab_size)[:, None]], dim=1)
+        read.cache.select(parents)
+        hope = penalise(live.max().item(), max_new_tokens, length_penalty) if len(live) else -torch.inf
+        if len(finished) == width and hope <= finished[-1][0]:
+            break
+    texts = zip(live.tolist(), tokens[:, n_prompt:].tolist())
+    finished += [(penalise(total, n, length_penalty), ids) for total, ids in texts]
+    finished = sorted(finished, key=lambda text: -text[0])[:width]
+    return [ids for _, ids in finished], [score for score, _ in finished]

@@ -1,0 +1,748 @@
+"""Other people's models against their own code (transformers), refusals, shards, kills, and a hub that is not there."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from gpt3lib import weights
+from gpt3lib.generation import generate
+from gpt3lib.model import GPT, ConfigError, GPTConfig, write_model
+from gpt3lib.texts import DATA
+from gpt3lib.weights import INDEX, LAYOUTS, WeightsError, layout_for, save_sharded
+from oracles import named_like_ours
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+MANY = settings(max_examples=200, derandomize=True, deadline=None)
+SMALL = {"vocab_size": 37, "n_ctx": 10, "n_layers": 3, "d_model": 24, "n_heads": 3, "d_head": 8}
+BENDS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
+BENDS["relu"] = "relu"
+CLASSES = {
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "gpt_neo": (transformers.GPTNeoConfig, transformers.GPTNeoForCausalLM),
+    "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
+}
+# typed once more, independent of the library's table: their part of a name -> ours
+NEO_NAMES = {
+    "transformer.": "",
+    "h.": "blocks.",
+    "attn.attention.out_proj": "attention.wo",
+    "attn.attention.q_proj": "attention.wq",
+    "attn.attention.k_proj": "attention.wk",
+    "attn.attention.v_proj": "attention.wv",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+    "wte": "embeddings.wte",
+    "wpe": "embeddings.wpe",
+}
+OPT_NAMES = {
+    "model.decoder.": "",
+    "self_attn_layer_norm": "ln_1",
+    "self_attn.out_proj": "attention.wo",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "fc1": "mlp.up",
+    "fc2": "mlp.down",
+    "embed_tokens": "embeddings.wte",
+    "embed_positions": "embeddings.wpe",
+}
+
+
+def shaken(model, seed=0, shake=0.2):
+    """Every parameter random, biases and gains too; logits stay of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += shake * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def ours(seed=0, **changes):
+    return shaken(GPT(GPTConfig(**SMALL | changes)), seed)
+
+
+def tokens_for(vocab_size, length, seed=0):
+    return torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(kind, theirs):
+    """Their gradients under our names, without the library's table."""
+    if kind == "gpt2":
+        return named_like_ours(theirs)
+    found = {}
+    for name, parameter in theirs.named_parameters():
+        if kind == "opt" and "layers." in name:
+            name = name.replace("final_layer_norm", "ln_2").replace("layers.", "blocks.")
+        for old, new in (NEO_NAMES if kind == "gpt_neo" else {**OPT_NAMES, "final_layer_norm": "ln_f"}).items():
+            name = name.replace(old, new)
+        found[name] = parameter.grad
+    return found
+
+
+def same(a, b):
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return a.config == b.config and all(m == n and torch.equal(p, q) for (m, p), (n, q) in pairs)
+
+
+def clear_greedy(model, tokens, n):
+    """Their greedy text, and whether each step was clear."""
+    clear = True
+    with torch.no_grad():
+        for _ in range(n):
+            logits = model(tokens).logits[:, -1]
+            best = logits.topk(2).values
+            clear &= bool((best[:, 0] - best[:, 1] > 1e-4).all())
+            tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    return tokens, clear
+
+
+# ---- two hundred of each family ----
+
+
+def check(kind, theirs, folder, seed):
+    """Theirs -> disk -> ours -> disk -> theirs: logits, loss, gradients, greedy text; no bit is lost."""
+    theirs = shaken(theirs, seed)
+    theirs.save_pretrained(folder / "in")
+    model = GPT.from_pretrained(folder / "in")
+    c = model.config
+    assert layout_for(c) == kind and not model.training
+    tokens = tokens_for(c.vocab_size, c.n_ctx + 1, seed)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = theirs(inputs).logits
+    torch.testing.assert_close(model(inputs), logits, rtol=1e-5, atol=1e-5)
+    loss, our_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()), model.loss(inputs, targets)
+    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    our_loss.backward()
+    wanted = gradients(kind, theirs)
+    assert wanted.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        room = 1e-5 * max(1.0, wanted[name].abs().max().item())
+        torch.testing.assert_close(
+            parameter.grad, wanted[name], rtol=1e-5, atol=room, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    n = min(3, c.n_ctx - 1)
+    greedy, clear = clear_greedy(theirs, inputs[:, : c.n_ctx - n], n)
+    assert not clear or torch.equal(generate(model, inputs[:, : c.n_ctx - n], n, temperature=0), greedy)
+    model.save_pretrained(folder / "out")
+    assert same(GPT.from_pretrained(folder / "out"), model)
+    back, report = CLASSES[kind][1].from_pretrained(folder / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    for (name, tensor), (other, original) in zip(back.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert name == other and tensor.dtype == original.dtype and torch.equal(tensor, original)
+    torch.testing.assert_close(back.eval()(inputs).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "vocab_size": st.integers(3, 60),
+        "max_position_embeddings": st.integers(2, 12),
+        "num_attention_heads": st.integers(1, 3),
+        "hidden_size": st.integers(4, 8),  # of one head; in two numbers a LayerNorm only knows which is larger
+        "num_hidden_layers": st.integers(1, 3),
+    }
+)
+seeds = st.integers(0, 10_000)
+
+
+def widened(shape):
+    return shape | {"hidden_size": shape["hidden_size"] * shape["num_attention_heads"]}
+
+
+@MANY
+@given(shapes, st.sampled_from(list(BENDS)), st.booleans(), seeds)
+def test_gpt2_and_cerebras_gpt(tmp_path_factory, shape, bend, scaled, seed):
+    config = transformers.GPT2Config(**widened(shape), activation_function=bend, scale_attn_weights=scaled)
+    check("gpt2", transformers.GPT2LMHeadModel(config), tmp_path_factory.getbasetemp(), seed)
+
+
+@MANY
+@given(
+    shapes, st.sampled_from(list(BENDS)), st.lists(st.sampled_from(["global", "local"]), min_size=3, max_size=3), seeds
+)
+def test_gpt_neo(tmp_path_factory, shape, bend, kinds, seed):
+    kinds = kinds[: shape["num_hidden_layers"]]
+    config = transformers.GPTNeoConfig(
+        **widened(shape), activation_function=bend, attention_types=[[kinds, 1]], window_size=1 + seed % 14
+    )
+    check("gpt_neo", transformers.GPTNeoForCausalLM(config), tmp_path_factory.getbasetemp(), seed)
+
+
+@MANY
+@given(shapes, st.sampled_from(list(BENDS)), seeds)
+def test_opt(tmp_path_factory, shape, bend, seed):
+    shape = widened(shape)
+    config = transformers.OPTConfig(
+        **shape, activation_function=bend, ffn_dim=4 * shape["hidden_size"], pad_token_id=None
+    )
+    check("opt", transformers.OPTForCausalLM(config), tmp_path_factory.getbasetemp(), seed)
+
+
+# ---- what config becomes what ----
+
+
+def theirs_in(folder, kind="gpt2", **changes):
+    """A small model of theirs on disk."""
+    shape = {"vocab_size": 37, "max_position_embeddings": 10, "num_attention_heads": 3, "hidden_size": 24}
+    shape |= {"num_hidden_layers": 2, "ffn_dim": 96} if kind == "opt" else {"num_hidden_layers": 2}
+    if kind == "gpt_neo":
+        shape |= {"attention_types": [[["global", "local"], 1]], "window_size": 4}
+    make_config, make = CLASSES[kind]
+    theirs = shaken(make(make_config(**shape | changes)))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def rewrite(folder, drop=(), **changes):
+    """Change words of a config.json."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in raw.items() if name not in drop}))
+
+
+def edit(folder, change):
+    """Change the tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(dict(tensors)), folder / "model.safetensors", {"format": "pt"})
+
+
+def complaint(path):
+    with pytest.raises(WeightsError) as caught:
+        GPT.from_pretrained(path)
+    return str(caught.value)
+
+
+def test_the_four_families_as_configs(tmp_path):
+    theirs_in(tmp_path / "a")
+    assert GPT.from_pretrained(tmp_path / "a").config == GPTConfig(37, 10, 2, 24, 3, 8, ("dense",))
+    theirs_in(tmp_path / "b", activation_function="gelu", n_inner=96)  # Cerebras-GPT
+    assert GPT.from_pretrained(tmp_path / "b").config == GPTConfig(37, 10, 2, 24, 3, 8, ("dense",), activation="gelu")
+    theirs_in(tmp_path / "u", scale_attn_weights=False)
+    assert GPT.from_pretrained(tmp_path / "u").config == GPTConfig(37, 10, 2, 24, 3, 8, ("dense",), scaled=False)
+    theirs_in(tmp_path / "c", "gpt_neo")
+    neo = GPTConfig(37, 10, 2, 24, 3, 8, ("dense", "banded"), 4, qkv_bias=False, scaled=False)
+    assert GPT.from_pretrained(tmp_path / "c").config == neo
+    theirs_in(tmp_path / "d", "opt")
+    opt = GPTConfig(37, 10, 2, 24, 3, 8, ("dense",), activation="relu", position_offset=2)
+    assert GPT.from_pretrained(tmp_path / "d").config == opt
+
+
+@pytest.mark.parametrize(
+    "types, layers, kinds",
+    [
+        ([[["global", "local"], 2]], 4, ("dense", "banded")),
+        ([[["local", "global"], 2]], 4, ("banded", "dense")),
+        ([[["global"], 3]], 3, ("dense",)),
+        ([[["global"], 2], [["local"], 1]], 3, ("dense", "dense", "banded")),
+        ([[["global", "local"], 1], [["global"], 1]], 3, ("dense", "banded")),
+        ([[["local"], 1], [["global", "local"], 1]], 3, ("banded", "dense")),
+    ],
+)
+def test_layer_kinds_become_the_shortest_tuple(types, layers, kinds):
+    assert weights.our_kinds({"attention_types": types}, layers) == kinds
+    unfolded = [kind for pattern, times in types for kind in pattern * times]
+    assert weights.our_kinds({"attention_layers": unfolded}, layers) == kinds
+
+
+@pytest.mark.parametrize("types", [[[["global"], 1]], [[["global", "sparse"], 1]], None])
+def test_layer_kinds_that_fit_no_model(types):
+    with pytest.raises(ValueError, match="it must give 'global' or 'local' to 2 layers"):
+        weights.our_kinds({"attention_types": types}, 2)
+
+
+@pytest.mark.parametrize(
+    "changes, kind",
+    [
+        ({}, "gpt2"),  # its band of 256 covers all 10 tracks
+        ({"bandwidth": 10}, "gpt2"),
+        ({"bandwidth": 9}, "gpt3lib"),
+        ({"bandwidth": 3, "attention": ("dense",)}, "gpt2"),
+        ({"bandwidth": 3, "attention": ("dense", "dense", "dense", "banded")}, "gpt2"),  # the fourth never comes
+        ({"scaled": False, "activation": "gelu"}, "gpt2"),
+        ({"qkv_bias": False, "scaled": False, "bandwidth": 3}, "gpt_neo"),
+        ({"qkv_bias": False, "scaled": False, "activation": "relu"}, "gpt_neo"),
+        ({"qkv_bias": False}, "gpt3lib"),
+        ({"position_offset": 2}, "opt"),
+        ({"position_offset": 2, "activation": "gelu_tanh", "bandwidth": 3}, "gpt3lib"),
+        ({"position_offset": 2, "scaled": False}, "gpt3lib"),
+        ({"position_offset": 1}, "gpt3lib"),
+    ],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_each_config_goes_out_and_comes_back(tmp_path, changes, kind, sharded):
+    model = ours(**changes)
+    assert layout_for(model.config) == kind
+    if sharded:
+        save_sharded(model, tmp_path, 9000)
+    else:
+        model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert same(again, model)  # and the very same config
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw.get("model_type", "gpt3lib") == kind
+    tokens = tokens_for(37, 10)
+    torch.testing.assert_close(again(tokens), model(tokens))
+    if kind == "gpt3lib":
+        assert GPTConfig(**raw) == model.config
+        return
+    back, report = CLASSES[kind][1].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    torch.testing.assert_close(back.eval()(tokens).logits, model(tokens), rtol=1e-5, atol=1e-5)
+    c = back.config
+    assert c.tie_word_embeddings and c.bos_token_id == c.eos_token_id == 36 and c.pad_token_id is None
+    assert not any(value for name, value in c.to_dict().items() if name in LAYOUTS[kind].dropouts)
+    assert c.architectures == [CLASSES[kind][1].__name__]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("changes", [{}, {"position_offset": 2}, {"bandwidth": 3}])
+def test_precision_stays_on_disk_and_is_float32_in_memory(tmp_path, dtype, changes):
+    model = ours(**changes).to(dtype)
+    model.save_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    again = GPT.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    assert same(again, model.float())
+    if not changes.get("bandwidth"):
+        assert transformers.AutoConfig.from_pretrained(tmp_path).dtype == dtype
+
+
+def test_no_two_tensors_share_memory(tmp_path):
+    theirs_in(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+    assert all(p.is_contiguous() and p.requires_grad for p in model.parameters())
+
+
+def test_the_shipped_model_travels(tmp_path):
+    model = GPT.from_pretrained(DATA / "models" / "gpt3-1m")
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == "GPT2LMHeadModel"
+    tokens = torch.arange(100)[None] * 40
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
+    assert same(GPT.from_pretrained(tmp_path), model)
+
+
+# ---- files as the hub has them ----
+
+
+def test_names_without_prefix_and_with_masks(tmp_path):
+    theirs = theirs_in(tmp_path)
+
+    def as_on_the_hub(tensors):
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        for i in range(2):
+            tensors[f"h.{i}.attn.bias"] = torch.ones(10, 10).tril()[None, None]
+            tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        return tensors
+
+    edit(tmp_path, as_on_the_hub)
+    tokens = tokens_for(37, 10)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    edit(tmp_path, lambda tensors: {name: t for name, t in tensors.items() if name != "h.1.ln_2.bias"})
+    assert "h.1.ln_2.bias is missing, expected (24,)" in complaint(tmp_path)
+
+
+def test_opt_and_neo_as_others_wrote_them(tmp_path):
+    theirs = theirs_in(tmp_path / "opt", "opt", pad_token_id=1)
+    edit(tmp_path / "opt", lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items()})
+    tokens = tokens_for(37, 10)
+    model = GPT.from_pretrained(tmp_path / "opt")
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    theirs = theirs_in(tmp_path / "neo", "gpt_neo")
+    masks = {"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 10, 10, dtype=torch.bool)}
+    masks["transformer.h.1.attn.attention.masked_bias"] = torch.tensor(-1e9)
+    edit(tmp_path / "neo", lambda tensors: tensors | masks)
+    model = GPT.from_pretrained(tmp_path / "neo")
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_second_copy_of_the_token_table(tmp_path, dtype):
+    theirs_in(tmp_path)
+    table = load_file(tmp_path / "model.safetensors")["transformer.wte.weight"]
+    edit(tmp_path, lambda tensors: tensors | {"lm_head.weight": table.clone()})
+    GPT.from_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors | {"lm_head.weight": (table + 1).to(dtype)})
+    words = "lm_head.weight differs from transformer.wte.weight; our way out is the token table itself"
+    assert words in complaint(tmp_path)
+
+
+def test_words_that_old_configs_lack(tmp_path):
+    theirs = theirs_in(tmp_path)
+    keep = ("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    rewrite(tmp_path, drop=[name for name in json.loads((tmp_path / "config.json").read_text()) if name not in keep])
+    tokens = tokens_for(37, 10)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    theirs_in(tmp_path / "opt", "opt")
+    rewrite(tmp_path / "opt", drop=["activation_function", "enable_bias", "word_embed_proj_dim", "ffn_dim"])
+    assert GPT.from_pretrained(tmp_path / "opt").config.activation == "relu"
+
+
+# ---- refusals ----
+
+REFUSALS = [
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False; it must be True: our layers normalise"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True; it must be False"),
+    ("opt", {"enable_bias": False}, "enable_bias is False; it must be True"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is False; it must be True"),
+    ("opt", {"word_embed_proj_dim": 12}, "word_embed_proj_dim is 12; it must be 24, 1 times the width"),
+    ("opt", {"ffn_dim": 100}, "ffn_dim is 100; it must be 96, 4 times the width"),
+    ("opt", {"activation_function": "swish"}, "activation_function is 'swish'; there are gelu_new, gelu, relu"),
+    ("opt", {"tie_word_embeddings": False}, "tie_word_embeddings is False; it must be True"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; it must be False"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True; it must be False"),
+    ("gpt2", {"n_inner": 50}, "n_inner is 50; it must be 96, 4 times the width"),
+    ("gpt2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; it must be 1e-05: our LayerNorm adds 1e-5"),
+    ("gpt2", {"activation_function": "quick_gelu"}, "activation_function is 'quick_gelu'"),
+    ("gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings is False; it must be True"),
+    ("gpt2", {"n_embd": None}, "n_embd is None; it must be a whole number of at least 1"),
+    ("gpt2", {"n_head": 0}, "n_head is 0; it must be a whole number of at least 1"),
+    ("gpt2", {"n_head": 5}, "n_heads · d_head = 5 · 4 = 20 is not d_model = 24"),
+    ("gpt2", {"model_type": "llama"}, "the model_type is 'llama'; we can read gpt2, gpt_neo, opt, gpt3lib"),
+    ("gpt_neo", {"intermediate_size": 50}, "intermediate_size is 50; it must be 96"),
+    ("gpt_neo", {"attention_types": [[["global"], 1]]}, "to 2 layers"),
+    ("gpt_neo", {"window_size": 0}, "bandwidth is 0"),
+    ("gpt_neo", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+    ("gpt_neo", {"layer_norm_epsilon": 1e-12}, "layer_norm_epsilon is 1e-12"),
+]
+
+
+@pytest.mark.parametrize("kind, changes, words", REFUSALS, ids=[f"{k}-{next(iter(c))}" for k, c, _ in REFUSALS])
+def test_models_that_we_cannot_be(tmp_path, monkeypatch, kind, changes, words):
+    theirs_in(tmp_path, kind)
+    rewrite(tmp_path, **changes)
+    monkeypatch.setattr(weights, "load_file", lambda path: pytest.fail("a tensor was read"))
+    message = complaint(tmp_path)
+    assert words in message and str(tmp_path) in message
+    assert isinstance(WeightsError("x"), ConfigError)
+
+
+@pytest.mark.parametrize(
+    "kind, change, words",
+    [
+        (
+            "gpt2",
+            lambda t: t.pop("transformer.h.1.attn.c_attn.bias"),
+            "h.1.attn.c_attn.bias is missing, expected (72,)",
+        ),
+        (
+            "gpt2",
+            lambda t: t.update({"transformer.h.2.ln_1.bias": torch.ones(24)}),
+            "h.2.ln_1.bias is (24,), expected no",
+        ),
+        (
+            "gpt2",
+            lambda t: t.update({"transformer.wpe.weight": torch.ones(9, 24)}),
+            "wpe.weight is (9, 24), expected (10, 24)",
+        ),
+        (
+            "gpt2",
+            lambda t: t.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(96, 24)}),
+            "transformer.h.0.mlp.c_fc.weight is (96, 24), expected (24, 96)",
+        ),
+        (
+            "gpt_neo",
+            lambda t: t.update({"transformer.h.0.attn.attention.q_proj.bias": torch.ones(24)}),
+            "transformer.h.0.attn.attention.q_proj.bias is (24,), expected no such tensor",
+        ),
+        (
+            "opt",
+            lambda t: t.pop("model.decoder.final_layer_norm.bias"),
+            "model.decoder.final_layer_norm.bias is missing",
+        ),
+        ("opt", lambda t: t.pop("model.decoder.embed_tokens.weight"), "model.decoder.embed_tokens.weight is missing"),
+        (
+            "gpt2",
+            lambda t: t.update({"transformer.ln_f.bias": torch.ones(24, dtype=torch.int8)}),
+            "transformer.ln_f.bias holds I8; it must be F64, F32, F16 or BF16, not quantised",
+        ),
+    ],
+)
+def test_tensors_are_named_as_the_file_names_them(tmp_path, monkeypatch, kind, change, words):
+    theirs_in(tmp_path, kind)
+
+    def changed(tensors):
+        change(tensors)
+        return tensors
+
+    edit(tmp_path, changed)
+    monkeypatch.setattr(weights, "load_file", lambda path: pytest.fail("a tensor was read"))
+    assert words in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"vocab_size": ', '{"layout": 1}', "[]", "{}"])
+def test_a_config_among_the_tensors_that_is_broken(tmp_path, text):
+    model = ours()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt", "layout": "gpt2", "config": text})
+    assert "the config among the tensors" in complaint(tmp_path)
+    about = {"layout": "tomorrow's", "config": json.dumps(asdict(model.config))}
+    save_file(tensors, tmp_path / "model.safetensors", about)
+    assert '"tomorrow\'s"; we can read gpt2' in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_files_cut_short(tmp_path, keep):
+    theirs_in(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert f"{path} is damaged" in complaint(tmp_path) and "again" in complaint(tmp_path)
+
+
+def test_pickles_are_refused(tmp_path):
+    theirs_in(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    message = complaint(tmp_path)
+    assert "has no safetensors but pickles (pytorch_model.bin), which can run any code" in message
+    assert "load it once with transformers and save it with save_pretrained" in message
+
+
+def test_a_file_is_no_folder_and_a_folder_may_be_empty(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    assert "x.safetensors is a file; give the folder that it lies in" in complaint(tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="has no model.safetensors"):
+        GPT.from_pretrained(tmp_path)
+
+
+# ---- shards ----
+
+
+def listing(folder):
+    return sorted(path.name.split("-")[0] for path in folder.iterdir() if not path.name.startswith("model-"))
+
+
+@pytest.mark.parametrize("size, n", [(1, 43), (9000, 17), (10**9, 1)])
+def test_shards_hold_every_tensor_once(tmp_path, size, n):
+    model = ours(scaled=False, qkv_bias=False)
+    save_sharded(model, tmp_path, size)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = set(index["weight_map"].values())
+    found = [name for file in files for name in load_file(tmp_path / file)]
+    assert sorted(found) == sorted(index["weight_map"]) and index["metadata"]["total_size"] == 4 * model.num_params()
+    assert len(files) == n
+    for file in files:
+        parts = load_file(tmp_path / file)
+        assert sum(part.nbytes for part in parts.values()) <= size or len(parts) == 1
+    assert listing(tmp_path) == ["config.json", INDEX]
+
+
+def test_transformers_writes_shards_that_we_read(tmp_path):
+    theirs = theirs_in(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size=8000)
+    assert (tmp_path / INDEX).is_file() and not (tmp_path / "model.safetensors").exists()
+    tokens = tokens_for(37, 10)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path)(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    (tmp_path / "config.json").unlink()
+    assert "has no config.json with a model_type" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "1GB", True])
+def test_a_size_that_is_none(tmp_path, size):
+    with pytest.raises(WeightsError, match="shard_bytes is .*; it must be a whole number of at least 1"):
+        save_sharded(ours(), tmp_path, size)
+
+
+def test_shards_that_are_missing_damaged_or_misnamed(tmp_path):
+    save_sharded(ours(), tmp_path, 9000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    good = (tmp_path / files[1]).read_bytes()
+    (tmp_path / files[1]).write_bytes(good[:-9])
+    assert f"{tmp_path / files[1]} is damaged" in complaint(tmp_path)
+    (tmp_path / files[1]).unlink()
+    assert f"has no {files[1]}, which its index names" in complaint(tmp_path)
+    (tmp_path / files[1]).write_bytes(good)
+    moved = index["weight_map"] | {"transformer.wpe.weight": files[-1]}
+    (tmp_path / INDEX).write_text(json.dumps(index | {"weight_map": moved}))
+    assert f"says that transformer.wpe.weight lies in {files[-1]}, but it does not" in complaint(tmp_path)
+    moved = index["weight_map"] | {"transformer.wpe.weight": f"../{tmp_path.name}/{files[0]}"}
+    (tmp_path / INDEX).write_text(json.dumps(index | {"weight_map": moved}))
+    assert "but it does not" in complaint(tmp_path)  # an index may not lead out of its folder
+    fewer = {name: file for name, file in index["weight_map"].items() if name != "transformer.wpe.weight"}
+    (tmp_path / INDEX).write_text(json.dumps(index | {"weight_map": fewer}))
+    assert "transformer.wpe.weight is missing, expected (10, 24)" in complaint(tmp_path)
+    for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        (tmp_path / INDEX).write_text(text)
+        assert f"{tmp_path / INDEX} is damaged" in complaint(tmp_path)
+
+
+# ---- kills ----
+
+
+def save(model, folder, way):
+    if way == "shards":
+        save_sharded(model, folder, 25_000)
+    elif way == "theirs":
+        theirs_in(folder, "opt")
+    elif way == "their shards":
+        theirs_in(folder, max_position_embeddings=11).save_pretrained(folder, max_shard_size=25_000)
+        (folder / "model.safetensors").unlink()
+    elif way == "book":
+        write_model(folder, model.config, model.state_dict())
+    elif way != "nothing":
+        model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("before", ["nothing", "single", "shards", "theirs", "their shards", "book"])
+@pytest.mark.parametrize("after", ["single", "shards"])
+@pytest.mark.parametrize("changes", [{}, {"bandwidth": 3}])
+def test_killed_anywhere_a_whole_model_loads(tmp_path, monkeypatch, before, after, changes):
+    """Die at the n-th rename or removal, for every n: what loads is the old model or the new one, and new stays new."""
+    new, states = ours(2, **changes), []
+    for calls in range(100):
+        folder = tmp_path / str(calls)
+        folder.mkdir()
+        save(ours(1, activation="gelu"), folder, before)
+        old = GPT.from_pretrained(folder) if before != "nothing" else None
+        left = [calls]
+
+        def mortal(function, left=left):
+            def wrapped(*arguments, **named):
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return function(*arguments, **named)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", mortal(os.replace))
+            patch.setattr(os, "unlink", mortal(os.unlink))
+            try:
+                save(new, folder, after)
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        try:
+            found = GPT.from_pretrained(folder)
+            states.append("new" if same(found, new) else "old" if old and same(found, old) else "mixture")
+        except ConfigError:
+            states.append("none" if before == "nothing" else "broken")
+        if finished:
+            break
+        save(new, folder, after)  # what was left behind does not stand in the way
+        assert same(GPT.from_pretrained(folder), new)
+    assert states[-1] == "new" and states[0] in ("old", "none")
+    assert states == sorted(states, key=["none", "old", "new"].index)  # never back, no mixture, never broken
+    left = {path.name for path in folder.iterdir()} - {"generation_config.json"}
+    places = set() if after == "single" else set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    assert left == {"config.json", *(["model.safetensors"] if after == "single" else [INDEX]), *places}
+
+
+def test_a_file_of_ones_own_beside_the_model_stays(tmp_path):
+    (tmp_path / "model-of-mine.safetensors").write_bytes(b"x")
+    save_sharded(ours(), tmp_path, 9000)
+    ours().save_pretrained(tmp_path)
+    assert (tmp_path / "model-of-mine.safetensors").exists()
+
+
+# ---- the hub ----
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that does what its first answer says: a folder to return, or an error to raise."""
+    calls, answers = [], []
+
+    def snapshot_download(name, **options):
+        calls.append((name, options))
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return str(answers[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls, answers
+
+
+@pytest.mark.parametrize("name", ["gpt2", "facebook/opt-125m", "EleutherAI/gpt-neo-1.3B"])
+def test_a_name_is_looked_up_on_the_hub(tmp_path, monkeypatch, hub, name):
+    monkeypatch.chdir(tmp_path)
+    calls, answers = hub
+    theirs_in(tmp_path / "cache")
+    answers.append(tmp_path / "cache")
+    assert GPT.from_pretrained(name).config.n_ctx == 10
+    (called, options) = calls[0]
+    assert called == name and options["allow_patterns"] == ["*.json", "*.safetensors"]
+    assert 0 < options["etag_timeout"] <= 10
+
+
+def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    ours().save_pretrained(tmp_path / "gpt2")
+    assert GPT.from_pretrained("gpt2").config.vocab_size == 37 and hub[0] == []
+
+
+@pytest.mark.parametrize("path", ["./gpt2", "/nowhere/gpt2", "../gpt2", "a/b/c", "~/gpt2", ".hidden", "a//b", "a/", ""])
+def test_paths_never_go_to_the_network(tmp_path, monkeypatch, hub, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="has no model.safetensors"):
+        GPT.from_pretrained(path)
+    with pytest.raises(ConfigError, match="has no model.safetensors"):
+        GPT.from_pretrained(Path("gpt2"))
+    assert hub[0] == []
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("LocalEntryNotFoundError", "could not be reached (LocalEntryNotFoundError)"),
+        ("ConnectTimeout", "could not be reached (ConnectTimeout)"),
+        ("RepositoryNotFoundError", "has no such model, or not for everybody (RepositoryNotFoundError)"),
+        ("GatedRepoError", "has no such model, or not for everybody"),
+    ],
+)
+def test_the_hub_is_away_or_does_not_know(tmp_path, monkeypatch, hub, name, words):
+    monkeypatch.chdir(tmp_path)
+    hub[1].append(type(name, (OSError,), {})("…"))
+    message = complaint("owner/name")
+    assert message.startswith("'owner/name' is no folder here, and the Hugging Face hub") and words in message
+    assert "give the path of a folder, or run `hf download owner/name`" in message and "$HF_HOME" in message
+
+
+def test_without_the_hub_client(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install huggingface_hub" in complaint("gpt2")
+
+
+def test_a_repository_of_pickles(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "config.json").write_text("{}")
+    hub[1].append(tmp_path / "cache")
+    message = complaint("owner/name")
+    assert "'owner/name' on the hub has no safetensors but pickles" in message and "save_pretrained" in message
+
+
+# ---- the sizes of the real ones ----
+
+
+@pytest.mark.parametrize(
+    "config, count",
+    [
+        (GPTConfig(50257, 1024, 12, 768, 12, 64, ("dense",)), 124_439_808),
+        (GPTConfig(50272, 2048, 12, 768, 12, 64, ("dense",), activation="relu", position_offset=2), 125_239_296),
+        (GPTConfig(50257, 2048, 12, 768, 12, 64, qkv_bias=False, scaled=False), 125_198_592),
+    ],
+)
+def test_published_sizes(config, count):
+    with torch.device("meta"):
+        assert GPT(config).num_params() == count
