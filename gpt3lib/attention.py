@@ -38,7 +38,7 @@ def attend_slowly(q, k, v, mask=None, scale: float | None = None) -> torch.Tenso
 
 
 def attend(q, k, v, mask=None, scale: float | None = None) -> torch.Tensor:
-    """The same as attend_slowly through torch's fused kernel, which never stores the (Tq, Tk) matrix."""
+    """The same as attend_slowly through torch's fused kernel, which never stores the (Tq, Tk) weights."""
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     # torch's is_causal lines up the first query with the first key; ours are the last ones
     square = mask is None and n_queries == n_keys

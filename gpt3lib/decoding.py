@@ -14,6 +14,7 @@ def pad_left(prompts: list[list[int]], fill: int = 0) -> tuple[torch.Tensor, tor
 
     fill: the id on empty tracks; nobody looks at it. Raises PromptError for no prompts and for an empty one.
     """
+    prompts = prompts if isinstance(prompts, str) else list(prompts)
     if isinstance(prompts, str) or not all(isinstance(ids, list) for ids in prompts):
         raise PromptError("prompts must be a list of lists of ids; encode each text first")
     if not prompts or not all(prompts):
@@ -99,7 +100,7 @@ def beam_search(model, tokens, max_new_tokens, width=4, length_penalty=0.6, stop
     live, finished, n = torch.zeros(1, device=tokens.device), [], 0  # (beams,) log p; (score, new ids)
     while n < max_new_tokens and len(live):
         logits, n = read(tokens), n + 1
-        check_logits(logits)
+        check_logits(logits.amax(dim=-1, keepdim=True).cpu())  # the search reads numbers back in any case
         totals = live[:, None] + logits.float().log_softmax(dim=-1)  # (beams, vocab_size)
         if stop is not None:
             texts = zip(totals[:, stop].tolist(), tokens[:, n_prompt:].tolist())

@@ -99,9 +99,12 @@ def check_request(
         raise PromptError("the prompt is empty; start a text from nothing with the end-of-text token")
     if tokens.shape[1] > model.config.n_ctx:
         raise ContextError(f"the prompt has {tokens.shape[1]} tokens, the context {model.config.n_ctx}; shorten it")
-    check_tokens(tokens, model.config.vocab_size)
-    if max_new_tokens < 0:
-        raise PromptError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    home = model.embeddings.wte.weight.device
+    if tokens.device != home:
+        raise PromptError(f"the tokens are on {tokens.device}, the model on {home}; use tokens.to({str(home)!r})")
+    check_tokens(tokens.cpu(), model.config.vocab_size)  # one look per request, on any device
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise PromptError(f"max_new_tokens is {max_new_tokens!r}; it must be 0 or more, a whole number")
     check_settings(temperature, top_k, top_p)
     if generator is not None and generator.device.type != tokens.device.type:
         place = tokens.device.type
@@ -114,7 +117,7 @@ def check_request(
 
 def check_pad(pad, n_texts: int, n_tokens: int) -> None:
     """Raise PromptError unless pad leaves at least one token of each of (n_texts, n_tokens) prompts."""
-    right = isinstance(pad, torch.Tensor) and pad.shape == (n_texts,) and not pad.is_floating_point()
+    right = isinstance(pad, torch.Tensor) and pad.shape == (n_texts,) and pad.dtype in (torch.int64, torch.int32)
     if not right or (pad < 0).any() or (pad >= n_tokens).any():
         wanted = f"a tensor of {n_texts} whole numbers from 0 to {n_tokens - 1}"
         raise PromptError(f"pad must be {wanted}, one for each prompt; at least one token of it must stay")
@@ -227,7 +230,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 class OneStep:
-    """last_logits for one new token per text, as bare products: the modules' small change costs a third of the time.
+    """last_logits for one new token per text, as bare products: the modules' small change costs a good part of the time.
 
     Each weight is a transposed view, no copy; a residual sum is the product's own addition.
     """
@@ -269,7 +272,7 @@ OURS = ATTENTION | {GPT, Embeddings, nn.Embedding, nn.ModuleList, Block, MLP, nn
 def is_plain(model) -> bool:
     """Whether the model is made of GPT's own parts with nothing hooked to them, so that OneStep may go round them."""
     parts, device = list(model.modules()), model.embeddings.wte.weight.device.type
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    hooked = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
     return all(type(part) in OURS for part in parts) and not hooked and not torch.is_autocast_enabled(device)
 
 
@@ -292,7 +295,7 @@ class Reader:
         self.cache = KVCache(model.config, min(self.n_ctx, n_slots), padded=pad is not None)
         self.one_step = OneStep(model) if is_plain(model) else functools.partial(last_logits, model)
 
-    @torch.no_grad()  # not inference_mode: its tensors could never be used in training
+    @torch.no_grad()  # OneStep goes further: its logits can never be used in training
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, T) texts -> (B, vocab_size)."""
         if self.cache.length == 0:

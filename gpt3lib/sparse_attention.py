@@ -80,7 +80,7 @@ def in_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
 def band_by_blocks(q, k, v, bandwidth: int, scale=None) -> torch.Tensor:
     """Banded attention in blocks that look at themselves and at the block before: time and memory grow with T.
 
-    A block is as long as the band, so no query of it sees further back than one block.
+    A block is at least as long as the band, so no query of it sees further back than one block.
     """
     check_whole(bandwidth=bandwidth)
     bandwidth = min(bandwidth, k.shape[2])
@@ -114,7 +114,7 @@ def flex_mask(n_queries: int, n_keys: int, bandwidth: int, device: str):
 @functools.cache
 def compiled_flex():
     """FlexAttention, compiled once; uncompiled it would fill the whole (Tq, Tk) matrix."""
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def band_by_flex(q, k, v, bandwidth: int, scale=None) -> torch.Tensor:
@@ -136,17 +136,20 @@ WAYS = {"mask": band_by_mask, "blocks": band_by_blocks, "flex": band_by_flex}
 
 
 def pick_way(q: torch.Tensor) -> str:
-    """The fastest way for these queries: "flex" on a GPU that can compile it, "blocks" elsewhere."""
-    return "flex" if q.is_cuda and importlib.util.find_spec("triton") else "blocks"
+    """The way for these queries: "flex" on a GPU that can compile it, for heads of 16 or more; else "blocks"."""
+    return "flex" if q.is_cuda and q.shape[-1] >= 16 and importlib.util.find_spec("triton") else "blocks"
 
 
 def attend_in_band(q, k, v, bandwidth: int, scale=None, pad=None, how: str = "auto") -> torch.Tensor:
     """(B, H, Tq, d), (B, H, Tk, d) twice -> (B, H, Tq, d): query i sees keys i - bandwidth + 1 … i.
 
     The queries are the last of the keys. scale: by default 1 / √d; pad: (B,) empty tracks before each text.
-    how: "mask", "blocks", "flex", all equal, or "auto". Raises PatternError for any other, and for a band without keys.
+    how: "mask", "blocks", "flex", all equal, or "auto". Raises PatternError for any other, for a band without keys,
+    and for more queries than keys.
     """
     check_whole(bandwidth=bandwidth)
+    if q.shape[2] > k.shape[2]:
+        raise PatternError(f"{q.shape[2]} queries but only {k.shape[2]} keys; a query needs at least its own key")
     if how not in (*WAYS, "auto"):
         raise PatternError(f"how is {how!r}; there are {', '.join(WAYS)} and auto")
     if pad is not None:

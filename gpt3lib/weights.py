@@ -45,8 +45,7 @@ d_ff        n_inner      intermediate_size        ffn_dim
 class Layout:
     """How one family of models stands on disk.
 
-    column: its column in NAMES and FIELDS; prefixes: what may stand before its names, first what we write;
-    fixed: the config fields that have one value in it; banded: can it have banded layers;
+    prefixes: what may stand before its names, first what we write; fixed: config fields with one value in it;
     turned: what marks its matrices that are stored as (in, out); masks: endings of stored masks, which are no weights.
     """
 
@@ -117,7 +116,7 @@ def turn(layout: Layout, name: str, tensor: torch.Tensor) -> torch.Tensor:
 def to_theirs(layout: Layout, config: GPTConfig, ours: dict) -> dict[str, torch.Tensor]:
     """Our tensors under their names, without prefix, as they are stored."""
     return {
-        theirs: turn(layout, theirs, torch.cat([ours[name] for name in own])).contiguous()
+        theirs: turn(layout, theirs, torch.cat([ours[name] for name in own]) if own[1:] else ours[own[0]]).contiguous()
         for theirs, own in pairs(layout, config, ours).items()
     }
 
@@ -197,7 +196,7 @@ def scan(path: Path) -> tuple[dict, dict]:
         raise WeightsError(f"{path} is damaged ({error}); copy or save it again") from error
 
 
-INDEX = "model.safetensors.index.json"
+INDEX, HEAD = "model.safetensors.index.json", "lm_head.weight"  # HEAD: the token table a second time, in some files
 
 
 def scan_shards(index: Path) -> tuple[dict, dict]:
@@ -216,9 +215,6 @@ def scan_shards(index: Path) -> tuple[dict, dict]:
         if name not in files.get(file, {}):
             raise WeightsError(f"{index} says that {name} lies in {file}, but it does not; copy or save them again")
     return {name: files[file][name] for name, file in places.items()}, about
-
-
-HEAD = "lm_head.weight"  # some files carry the token table a second time
 
 
 def check_tensors(folder: Path, wanted: dict, found: dict, masks: tuple[str, ...]) -> None:
@@ -240,11 +236,14 @@ def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig | None]:
     try:
         if "config" in about:  # written by us, in one go with the tensors; config.json came a moment later
             source = f"{folder}: the config among the tensors"
-            kind = about.get("layout", "gpt3lib")
-            return (kind, GPTConfig(**json.loads(about["config"]))) if kind in LAYOUTS else (kind, None)
-        raw = json.loads(source.read_text()) if source.is_file() else {}
-        kind = raw.get("model_type", "gpt3lib") if isinstance(raw, dict) else "gpt3lib"
-        return kind, config_from(LAYOUTS[kind], raw) if kind in LAYOUTS and kind != "gpt3lib" else None
+            kind, config = about.get("layout", "gpt3lib"), GPTConfig(**json.loads(about["config"]))
+        else:
+            raw = json.loads(source.read_text()) if source.is_file() else {}
+            kind = raw.get("model_type", "gpt3lib") if isinstance(raw, dict) else "gpt3lib"
+            config = config_from(LAYOUTS[kind], raw) if kind in LAYOUTS and kind != "gpt3lib" else None
+        if kind not in LAYOUTS:
+            raise ValueError(f"the model_type is {kind!r}; we can read {', '.join(LAYOUTS)}")
+        return kind, config
     except (ValueError, TypeError) as error:
         raise WeightsError(f"{source}: {error}") from error
 
@@ -265,11 +264,14 @@ def find_folder(path_or_name: str | Path) -> Path:
     try:
         from huggingface_hub import snapshot_download  # only here: whoever reads folders needs no hub
 
+        few = snapshot_download(name, allow_patterns=["config.json"], etag_timeout=10)
+        find_config(Path(few), {})  # may refuse, before gigabytes come
         found = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], etag_timeout=10))
+    except WeightsError:
+        raise
     except Exception as error:  # the hub's client raises a dozen kinds, and others in each version
         kind, unknown = type(error).__name__, ("RepositoryNotFoundError", "GatedRepoError")
         says = "has no such model, or not for everybody" if kind in unknown else "could not be reached"
-        says = "needs `pip install huggingface_hub`" if isinstance(error, ImportError) else says
         raise WeightsError(
             f"{name!r} is no folder here, and the Hugging Face hub {says} ({kind}); give the path of a folder, "
             f"or run `hf download {name}` where there is a network (it fills the cache in $HF_HOME)"
@@ -290,8 +292,6 @@ def read_any(path_or_name: str | Path) -> tuple[GPTConfig, dict[str, torch.Tenso
         return read_model(folder)  # which says what is missing
     found, about = scan(single) if single.is_file() else scan_shards(index)
     kind, config = find_config(folder, about)
-    if kind not in LAYOUTS:
-        raise WeightsError(f"{folder}: the model_type is {kind!r}; we can read {', '.join(LAYOUTS)}")
     if kind == "gpt3lib" and single.is_file():
         return read_model(folder)
     if config is None:
@@ -300,14 +300,15 @@ def read_any(path_or_name: str | Path) -> tuple[GPTConfig, dict[str, torch.Tenso
     with torch.device("meta"):
         state = GPT(config).state_dict()
     bare = {name: tuple(tensor.shape) for name, tensor in to_theirs(layout, config, state).items()}
-    first = next(iter(bare))  # the token table
-    prefix = next((prefix for prefix in layout.prefixes if prefix + first in found), layout.prefixes[0])
+    first, second, *_ = bare  # the two tables
+    prefix = next((prefix for prefix in layout.prefixes if prefix + second in found), layout.prefixes[0])
+    if HEAD in found:  # of two names for one table, some programs keep only this one
+        found.setdefault(prefix + first, found[HEAD])
     check_tensors(folder, {prefix + name: shape for name, shape in bare.items()}, found, layout.masks)
-    paths = {path for path, _, _ in found.values()}
-    theirs = {
-        name: tensor for path in paths for name, tensor in load_file(path).items() if found.get(name, "-")[0] == path
-    }
-    if HEAD in theirs and not torch.equal(theirs[HEAD].float(), theirs[prefix + first].float()):
+    theirs = {}
+    for path in {path for path, _, _ in found.values()}:
+        theirs |= {name: tensor for name, tensor in load_file(path).items() if found.get(name, "-")[0] == path}
+    if HEAD in theirs and not torch.equal(theirs[HEAD], theirs.setdefault(prefix + first, theirs[HEAD])):
         raise WeightsError(f"{folder}: {HEAD} differs from {prefix + first}; our way out is the token table itself")
     return config, to_ours(layout, config, state, {name: theirs[prefix + name] for name in bare})
 
@@ -320,10 +321,10 @@ def layout_for(config: GPTConfig) -> str:
 
 
 def config_for(kind: str, config: GPTConfig, dtype: torch.dtype) -> dict:
-    """Our config as a config.json of this layout. Ids: the last token is the end of a text, as in GPT-2."""
+    """Our config as a config.json of this layout. Ids: a text ends with the last token, as in GPT-2; in OPT with 2."""
     if kind == "gpt3lib":
         return asdict(config)
-    layout, end = LAYOUTS[kind], config.vocab_size - 1
+    layout, end = LAYOUTS[kind], 2 if kind == "opt" and config.vocab_size > 2 else config.vocab_size - 1
     raw = {"architectures": [layout.architecture], "model_type": kind, "dtype": str(dtype).removeprefix("torch.")}
     raw |= {theirs: getattr(config, ours) for ours, theirs in layout.words(FIELDS).items()}
     raw["activation_function"] = next(theirs for theirs, ours in BENDS.items() if ours == config.activation)
@@ -343,8 +344,7 @@ def shards(tensors: dict, shard_bytes: int) -> list[dict]:
     groups, room = [], 0
     for name, tensor in tensors.items():
         if not groups or tensor.nbytes > room:
-            groups.append({})
-            room = shard_bytes
+            groups, room = [*groups, {}], shard_bytes
         groups[-1][name] = tensor
         room -= tensor.nbytes
     return groups
@@ -375,18 +375,18 @@ def write_shards(folder: Path, tensors: dict, about: dict, config_text: str, sha
 def write_any(folder: Path, config: GPTConfig, tensors: dict, shard_bytes: int | None = None) -> None:
     """Write a model in the first layout that can hold it; what GPT.write is. Always leaves a model that loads.
 
-    The metadata tell the layout and our config, so that from_pretrained gives back the very same one.
     shard_bytes: if given, split the tensors into files of at most that size, except for larger tensors.
     """
-    kind = layout_for(config)
+    kind = layout_for(config)  # the metadata tell it and our config, so that reading gives back the very same
     layout, about = LAYOUTS[kind], {"format": "pt", "layout": kind, "config": json.dumps(asdict(config))}
     named = {layout.prefixes[0] + name: tensor for name, tensor in to_theirs(layout, config, tensors).items()}
     text = json.dumps(config_for(kind, config, next(iter(named.values())).dtype), indent=1) + "\n"
-    if shard_bytes is None:
+    places = {}
+    if shard_bytes is not None:
+        places = write_shards(folder, named, about, text, shard_bytes)
+    else:
         write_folder(folder, named, about, text)
-    places = {} if shard_bytes is None else write_shards(folder, named, about, text, shard_bytes)
-    if not places and (folder / INDEX).exists():
-        os.unlink(folder / INDEX)
+        (folder / INDEX).unlink(missing_ok=True)
     for path in {*folder.glob("model-*-of-*.safetensors")} - {folder / name for name in places.values()}:
         os.unlink(path)
 

@@ -584,6 +584,7 @@ class Untouchable:
     """A model that fails the test when it is asked to work."""
 
     config = GPTConfig(vocab_size=23, n_ctx=8, n_layers=2, d_model=8, n_heads=2, d_head=4)
+    embeddings = SimpleNamespace(wte=SimpleNamespace(weight=torch.zeros(23, 8)))  # its device is looked at
 
     def __getattr__(self, name):
         raise AssertionError(f"{name} was used before the request was checked")
@@ -643,3 +644,26 @@ def test_the_edges_that_are_allowed():
     for named in ({"top_k": 1}, {"top_k": 23}, {"top_k": 999}, {"top_p": 1.0}, {"top_p": 1e-9}, {"temperature": 1e-40}):
         assert generate(model, prompts(model, 1, 8), 2, **named).shape == (1, 10)
     assert issubclass(PromptError, ValueError)
+
+
+def test_a_forward_put_on_a_part_is_not_gone_round():
+    model = lively(n_ctx=32)
+    down = model.blocks[0].mlp.down
+    assert is_plain(model)
+    down.forward = lambda x: torch.nn.functional.linear(x, down.weight, down.bias) * 3
+    assert not is_plain(model)
+    tokens = prompts(model, 2, 5)
+    assert generate(model, tokens, 8, temperature=0).equal(generate_slowly(model, tokens, 8, temperature=0))
+
+
+@pytest.mark.parametrize("wrong", [5.0, -1, True, "5"])
+def test_the_number_of_new_tokens_is_a_whole_number(wrong):
+    model = lively()
+    with pytest.raises(PromptError, match="max_new_tokens is"):
+        generate(model, prompts(model, 1, 3), wrong)
+
+
+def test_tokens_and_model_on_two_devices_are_refused():
+    model = lively()
+    with pytest.raises(PromptError, match="the tokens are on meta, the model on cpu; use tokens.to"):
+        generate(model, prompts(model, 1, 3).to("meta"), 2)

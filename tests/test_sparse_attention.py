@@ -269,7 +269,10 @@ def test_how_is_obeyed_and_auto_picks(monkeypatch):
 def test_flex_is_for_gpus_that_can_compile_it(monkeypatch, cuda, triton, way):
     found = object() if triton else None
     monkeypatch.setattr(sparse_attention.importlib.util, "find_spec", lambda name: found if name == "triton" else None)
-    assert pick_way(types.SimpleNamespace(is_cuda=bool(cuda))) == way
+    assert pick_way(types.SimpleNamespace(is_cuda=bool(cuda), shape=(1, 1, 5, 64))) == way
+    assert (
+        pick_way(types.SimpleNamespace(is_cuda=bool(cuda), shape=(1, 1, 5, 8))) == "blocks"
+    )  # its heads are too narrow
 
 
 class Sizes(TorchDispatchMode):
@@ -473,3 +476,10 @@ def test_flops_count_the_pairs_of_the_band():
             assert list(counted) == ["projections", "scores and mix"]
             assert counted["scores and mix"] == 4 * pairs * 24
             assert counted["projections"] == attention_flops(T, 24)["projections"]
+
+
+@pytest.mark.parametrize("how", [*WAYS, "auto"])
+def test_more_queries_than_keys_are_refused(how):
+    q, k = torch.randn(1, 1, 40, 8), torch.randn(1, 1, 36, 8)
+    with pytest.raises(PatternError, match="40 queries but only 36 keys"):
+        attend_in_band(q, k, k, 4, how=how)

@@ -29,7 +29,7 @@ class MutantError(RuntimeError):
 def copy_project(folder: Path) -> None:
     """The library and its tests, without the tests of the book; what no mutant changes is linked."""
     shutil.copytree(ROOT / "gpt3lib", folder / "gpt3lib", ignore=shutil.ignore_patterns("__pycache__"))
-    book_tests = ("__pycache__", "test_book*", "test_site*", "test_press*")
+    book_tests = ("__pycache__", "test_book*", "test_site*", "test_race*")
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns(*book_tests))
     for linked in ("data", "book"):
         (folder / linked).symlink_to(ROOT / linked)
