@@ -230,7 +230,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 class OneStep:
-    """last_logits for one new token per text, as bare products: the modules' small change costs a good part of the time.
+    """last_logits for one new token per text, as bare products: going through the modules costs part of the time.
 
     Each weight is a transposed view, no copy; a residual sum is the product's own addition.
     """
