@@ -245,12 +245,16 @@ def resident(which: str) -> float:
 def one_peak(which: str, kinds: str) -> None:
     """Run in a process of its own: print the growth of the memory in MiB at its peak, and the seconds of a second step.
 
-    kinds: "dense" or "dense,banded" for a whole step with four texts, "" for the loss alone, from given vectors.
+    kinds: "dense" or "dense,banded" for a whole step with four texts, "gpt3-1m" for one of the book's model with one,
+    "" for the loss alone, from given vectors.
     """
-    n_texts, n_tokens, vocab_size = (4 if kinds else 1), 2048, 50257
+    n_texts, n_tokens, vocab_size = (4 if "dense" in kinds else 1), 2048, 50257
     loss_of = {"naive": loss_slowly, "gpt3lib": chunked_loss}[which]
     x, y = text(vocab_size, n_texts, n_tokens)
-    model = ours(vocab_size, n_tokens, tuple(kinds.split(",")) if kinds else ("dense",))
+    if kinds == "gpt3-1m":
+        model = GPT(GPTConfig.from_name(kinds, vocab_size, n_tokens))
+    else:
+        model = ours(vocab_size, n_tokens, tuple(kinds.split(",")) if kinds else ("dense",))
     optimizer = make_optimizer(model)
     h = torch.randn(n_texts, n_tokens, SHAPE["d_model"], requires_grad=True)
 
@@ -275,7 +279,8 @@ def memory() -> dict:
         return {}
     found = {}
     print("\npeak memory at V = 50,257, T = 2,048: MiB above the model, seconds")
-    cases = {"the loss alone": "", "a step, dense, B = 4": "dense", "a step, alternating, B = 4": "dense,banded"}
+    cases = {"the loss alone": "", "a step of gpt3-1m": "gpt3-1m"}
+    cases |= {"a step, dense, B = 4": "dense", "a step, alternating, B = 4": "dense,banded"}
     for title, kinds in cases.items():
         naive, our = peak_of("naive", kinds), peak_of("gpt3lib", kinds)
         print(f"  {title:28} naive {naive[0]:6.0f}, {naive[1]:.2f} s   gpt3lib {our[0]:6.0f}, {our[1]:.2f} s", end="")
