@@ -32,6 +32,7 @@ from gpt3lib.model import (
 )
 from gpt3lib.texts import DATA
 from gpt3lib.tokenization import TokenError
+from mortal import Mortal
 from oracles import named_like_ours, to_gpt2
 
 SMALL = {"vocab_size": 61, "n_ctx": 12, "n_layers": 2, "d_model": 24, "n_heads": 3, "d_head": 8}
@@ -647,17 +648,7 @@ def test_killed_anywhere_a_whole_model_loads(tmp_path, monkeypatch, calls, over)
     old, new = make(1), make(2, n_layers=3)
     if over:
         old.save_pretrained(tmp_path)
-    left = [calls]
-
-    def mortal(function):
-        def wrapped(*arguments, **named):
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return function(*arguments, **named)
-
-        return wrapped
-
+    mortal = Mortal(calls).wrap
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "replace", mortal(os.replace))
         patch.setattr(module, "save_file", mortal(module.save_file))

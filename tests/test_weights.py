@@ -19,6 +19,7 @@ from gpt3lib.generation import generate
 from gpt3lib.model import GPT, ConfigError, GPTConfig, write_model
 from gpt3lib.texts import DATA
 from gpt3lib.weights import INDEX, LAYOUTS, WeightsError, layout_for, save_sharded
+from mortal import Mortal
 from oracles import named_like_ours
 
 transformers.logging.set_verbosity_error()
@@ -615,17 +616,7 @@ def test_killed_anywhere_a_whole_model_loads(tmp_path, monkeypatch, before, afte
         folder.mkdir()
         save(ours(1, activation="gelu"), folder, before)
         old = GPT.from_pretrained(folder) if before != "nothing" else None
-        left = [calls]
-
-        def mortal(function, left=left):
-            def wrapped(*arguments, **named):
-                if not left[0]:
-                    raise KeyboardInterrupt
-                left[0] -= 1
-                return function(*arguments, **named)
-
-            return wrapped
-
+        mortal = Mortal(calls).wrap
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", mortal(os.replace))
             patch.setattr(os, "unlink", mortal(os.unlink))
