@@ -142,15 +142,15 @@ def test_a_module_reads_as_if_written_by_hand():
     [
         (chapter("def f(): ...", "class g: ...\nf = 3"), "exports f twice"),
         (chapter("a, b = 1, 2", "b: int = 3"), "exports b twice"),
-        (chapter("%matplotlib inline"), "03_attention.ipynb"),
+        (chapter("%matplotlib inline"), "04_attention.ipynb"),
         (chapter("x = 1", title="# Title alone"), "no paragraph"),
         (chapter("x = 1", title="# T\n\n" + "long " * 30), "docstring"),
     ],
 )
 def test_a_chapter_that_cannot_become_a_module_is_refused(tmp_path, book, message):
-    nbformat.write(book, tmp_path / "03_attention.ipynb")
+    nbformat.write(book, tmp_path / "04_attention.ipynb")
     with pytest.raises(export.ExportError, match=message):
-        export.module_source(tmp_path / "03_attention.ipynb")
+        export.module_source(tmp_path / "04_attention.ipynb")
 
 
 def test_a_name_that_two_chapters_export_is_refused(tmp_path):
@@ -161,12 +161,12 @@ def test_a_name_that_two_chapters_export_is_refused(tmp_path):
     assert set(export.all_modules(tmp_path)) == {f"{module}.py" for module in export.CHAPTERS.values()} | {
         "__init__.py"
     }
-    nbformat.write(chapter("def GPT(): ..."), tmp_path / "03_attention.ipynb")
-    with pytest.raises(export.ExportError, match="GPT is exported by 03_attention and by 05_decoder"):
+    nbformat.write(chapter("def GPT(): ..."), tmp_path / "04_attention.ipynb")
+    with pytest.raises(export.ExportError, match="GPT is exported by 04_attention and by 06_decoder"):
         export.all_modules(tmp_path)
-    nbformat.write(chapter("x = 1"), tmp_path / "06_generation.ipynb")
-    nbformat.write(chapter("y = 2"), tmp_path / "03_attention.ipynb")
-    with pytest.raises(export.ExportError, match="06_generation exports no PromptError, generate"):
+    nbformat.write(chapter("x = 1"), tmp_path / "08_generation.ipynb")
+    nbformat.write(chapter("y = 2"), tmp_path / "04_attention.ipynb")
+    with pytest.raises(export.ExportError, match="08_generation exports no PromptError, generate"):
         export.all_modules(tmp_path)
 
 
@@ -306,13 +306,13 @@ def test_an_announced_error_is_allowed():
     ],
 )
 def test_an_import_of_a_later_chapter_is_found(source, late):
-    order = ["01_tokenization", "02_embeddings", "03_attention", "05_decoder", "06_generation"]
-    assert bool(form.forward_imports(new_notebook(cells=[new_code_cell(source)]), "03_attention", order)) == late
+    order = ["02_tokenization", "03_embeddings", "04_attention", "06_decoder", "08_generation"]
+    assert bool(form.forward_imports(new_notebook(cells=[new_code_cell(source)]), "04_attention", order)) == late
 
 
 def test_the_modules_of_appendices_import_no_chapter():
     book = new_notebook(cells=[new_code_cell("from gpt3lib.attention import f", metadata={"tags": ["export"]})])
-    assert form.forward_imports(book, "a_pictures", ["03_attention", "a_pictures"])
+    assert form.forward_imports(book, "a_pictures", ["04_attention", "a_pictures"])
 
 
 # --- running and storing ---

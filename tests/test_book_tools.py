@@ -97,4 +97,4 @@ def test_a_chapter_that_is_not_there_is_refused(tool):
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "99_nothing"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "99_nothing; " in done.stderr and "03_attention" in done.stderr and "Traceback" not in done.stderr
+    assert "99_nothing; " in done.stderr and "04_attention" in done.stderr and "Traceback" not in done.stderr

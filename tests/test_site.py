@@ -240,7 +240,7 @@ def test_search_finds_a_chapter(browser, site):
     page.keyboard.press("Enter")
     page.wait_for_url("**/search.html?q=attention**")
     page.wait_for_selector("#search-results li a")
-    assert any("03_attention" in link.get_attribute("href") for link in page.locator("#search-results li a").all())
+    assert any("04_attention" in link.get_attribute("href") for link in page.locator("#search-results li a").all())
     page.wait_for_load_state("networkidle")
     assert trouble == []
     page.close()

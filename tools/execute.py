@@ -1,7 +1,7 @@
 """Run chapters from top to bottom and store their outputs in normal form.
 
 python tools/execute.py                 every chapter, in the order of the book, the front page last
-python tools/execute.py 03_attention …  these chapters only
+python tools/execute.py 04_attention …  these chapters only
 
 A second run leaves an empty diff: no timestamps, no random ids, no paths of this machine, run times only when they
 moved by more than half. Threads are fixed to one, because the number of threads changes the seventh digit of a sum.

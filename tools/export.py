@@ -1,7 +1,7 @@
 """Write gpt3lib from the chapters: the cells tagged `export` of a notebook become its module.
 
 python tools/export.py               write the modules that changed
-python tools/export.py 03_attention  write this chapter's module only
+python tools/export.py 04_attention  write this chapter's module only
 python tools/export.py --check       write nothing; say what differs and exit 1
 """
 
@@ -19,16 +19,16 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 DOCSTRING = 110  # characters of a chapter's first paragraph
 CHAPTERS = {
-    "b_texts": "texts",
-    "01_tokenization": "tokenization",
-    "02_embeddings": "embeddings",
-    "03_attention": "attention",
-    "04_sparse_attention": "sparse_attention",
-    "05_decoder": "model",
-    "06_generation": "generation",
-    "06b_decoding": "decoding",
-    "08_training": "training",
-    "13_real_weights": "weights",
+    "c_texts": "texts",
+    "02_tokenization": "tokenization",
+    "03_embeddings": "embeddings",
+    "04_attention": "attention",
+    "05_sparse_attention": "sparse_attention",
+    "06_decoder": "model",
+    "08_generation": "generation",
+    "10_decoding": "decoding",
+    "13_training": "training",
+    "24_real_weights": "weights",
     "a_pictures": "pictures",
 }
 PUBLIC = {
@@ -181,7 +181,7 @@ def write(path: Path, source: str) -> None:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("chapters", nargs="*", help="only these, such as 03_attention")
+    parser.add_argument("chapters", nargs="*", help="only these, such as 04_attention")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a module differs")
     arguments = parser.parse_args()
     try:
