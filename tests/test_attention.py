@@ -16,7 +16,6 @@ from gpt3lib.attention import (
     attention_flops,
     attention_weights,
     causal_mask,
-    hide_padding,
 )
 
 
@@ -40,15 +39,15 @@ def by_hand(q, k, v, mask=None, scale=None):
 
 
 class Kept:
-    """The least that forward's cache must be."""
+    """The least that forward's past must be; with rule, it brings a mask of its own."""
 
-    def __init__(self, most=10**6):
-        self.pairs, self.length, self.most = [], 0, most  # most: tracks that it returns
+    def __init__(self, rule=None):
+        self.pairs, self.rule = [], rule
 
     def append(self, k, v):
         self.pairs.append((k, v))
-        self.length += k.shape[2]
-        return tuple(torch.cat(parts, dim=2)[:, :, -self.most :] for parts in zip(*self.pairs))
+        k, v = (torch.cat(parts, dim=2) for parts in zip(*self.pairs))
+        return k, v, self.rule and self.rule(k.shape[2])
 
 
 sizes = st.tuples(st.integers(1, 9), st.integers(0, 7), st.integers(1, 5), st.integers(0, 2**31))
@@ -176,69 +175,55 @@ def test_past_keys_and_values_are_a_set():
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.sampled_from([(1, 8), (4, 4), (2, 3)]))
-def test_in_bites_with_a_cache_equals_all_at_once(bites, heads):
+def test_in_bites_with_a_past_equals_all_at_once(bites, heads):
     attention = CausalSelfAttention(16, *heads).double()
-    x, cache = normal(2, sum(bites), 16), Kept()
-    pieces = [attention(piece, cache) for piece in x.split(bites, dim=1)]
+    x, past = normal(2, sum(bites), 16), Kept()
+    pieces = [attention(piece, past) for piece in x.split(bites, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), attention(x))
-    k, v = cache.pairs[0]
+    k, v = past.pairs[0]
     assert k.shape == v.shape == (2, heads[0], bites[0], heads[1])
 
 
-@pytest.mark.parametrize("n_keys", range(1, 8))
-def test_padding_hides_the_empty_tracks_and_leaves_nobody_alone(n_keys):
-    for n_queries in range(1, n_keys + 1):
-        past, pad = n_keys - n_queries, list(range(n_keys + 1))
-        for inner in (causal_mask(n_queries, n_keys), torch.eye(n_keys, dtype=torch.bool)[past:]):
-            mask = hide_padding(inner, torch.tensor(pad))
-            assert mask.shape == (len(pad), 1, n_queries, n_keys)
-            for b, empty in enumerate(pad):
-                wanted = [
-                    [(bool(inner[i, j]) and j >= empty) or j == past + i for j in range(n_keys)]
-                    for i in range(n_queries)
-                ]
-                assert mask[b, 0].tolist() == wanted
-    assert hide_padding(causal_mask(3, 3), torch.tensor([-2])).equal(causal_mask(3, 3)[None, None])
+def layer_by_hand(attention, x, scale=None, rule=None):
+    """A whole layer from the triple loop: head by head, text by text."""
+    cut = (len(x), x.shape[1], -1, attention.d_head)
+    q, k, v = (w(x).reshape(cut).transpose(1, 2) for w in (attention.wq, attention.wk, attention.wv))
+    mixed = [[by_hand(*qkv, rule, scale) for qkv in zip(*text)] for text in zip(q, k, v)]
+    mixed = torch.stack([torch.stack(text) for text in mixed])  # (B, n_heads, T, d_head)
+    return attention.wo(mixed.transpose(1, 2).flatten(2))
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5), st.booleans())
-def test_a_padded_batch_equals_each_text_alone(pad, longest, scaled):
-    T, attention = max(pad) + longest, CausalSelfAttention(8, 2, 4, scaled=scaled).double()
-    x = normal(len(pad), T, 8)
-    out = attention(x, pad=torch.tensor(pad))
-    assert out.isfinite().all()
-    for b, empty in enumerate(pad):
-        torch.testing.assert_close(out[b : b + 1, empty:], attention(x[b : b + 1, empty:]))
+@pytest.mark.parametrize("scale", [None, 1.0, 0.3])
+def test_the_layer_equals_the_triple_loop_at_any_scale(scale):
+    """`scale` is an attribute that foreign models overwrite: GPT-Neo's scores are not divided."""
+    attention, x = CausalSelfAttention(12, 3, 4).double(), normal(2, 7, 12)
+    assert attention.scale == 0.5
+    if scale is not None:
+        attention.scale = scale
+    torch.testing.assert_close(attention(x), layer_by_hand(attention, x, scale))
 
 
-@pytest.mark.parametrize("bites", [[7, 1, 1], [3, 5, 1], [9]])
-def test_a_padded_batch_through_a_cache(bites):
-    attention, x, pad = CausalSelfAttention(8, 2, 4).double(), normal(3, 9, 8), torch.tensor([0, 2, 5])
-    cache = Kept()
-    pieces = torch.cat([attention(piece, cache, pad) for piece in x.split(bites, dim=1)], dim=1)
-    for b, empty in enumerate(pad.tolist()):
-        torch.testing.assert_close(pieces[b : b + 1, empty:], attention(x[b : b + 1, empty:]))
+def test_what_look_does_decides_and_nothing_else():
+    """A layer of another pattern overrides `look` alone."""
+
+    class Itself(CausalSelfAttention):
+        def look(self, q, k, v, mask=None):
+            return v
+
+    attention, x = Itself(12, 3, 4).double(), normal(2, 7, 12)
+    torch.testing.assert_close(attention(x), attention.wo(attention.wv(x)))
 
 
-def test_a_cache_may_have_forgotten_the_first_tracks():
-    """The cache returns its last 4 tracks: of the text with 5 empty ones, the fifth is still among them."""
-    attention, x, cache = CausalSelfAttention(8, 2, 4).double(), normal(2, 8, 8), Kept(most=4)
-    for piece in x.split([4, 4], dim=1):
-        last = attention(piece, cache, torch.tensor([0, 5]))
-    alone = attention(x[:1, 4:]), attention(x[1:, 5:])
-    torch.testing.assert_close(last[:1], alone[0])
-    torch.testing.assert_close(last[1:, 1:], alone[1])
+def test_a_mask_from_the_past_goes_through():
+    """Every second key is hidden by the past's own mask, as a batch of unequal texts does."""
 
+    def rule(n):
+        return causal_mask(n, n) & (torch.arange(n) % 2 == 0)
 
-def test_the_options():
-    plain = CausalSelfAttention(12, 3, 4, qkv_bias=False, scaled=False).double()
-    assert [name for name, _ in plain.named_parameters() if "bias" in name] == ["wo.bias"]
-    x = normal(2, 7, 12)
-    q, k, v = (w(x).reshape(2, 7, 3, 4).transpose(1, 2) for w in (plain.wq, plain.wk, plain.wv))
-    wanted = torch.stack([torch.stack([by_hand(*qkv, scale=1.0) for qkv in zip(*text)]) for text in zip(q, k, v)])
-    torch.testing.assert_close(plain(x), plain.wo(wanted.transpose(1, 2).reshape(2, 7, 12)))
-    torch.testing.assert_close(plain.mix(q, k, v), wanted)
+    attention, x = CausalSelfAttention(12, 3, 4).double(), normal(2, 7, 12)
+    wanted = layer_by_hand(attention, x, rule=rule(7).tolist())
+    torch.testing.assert_close(attention(x, Kept(rule)), wanted)
+    assert (attention(x) - wanted).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("n_queries", [1, 3, 6])
