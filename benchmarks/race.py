@@ -30,7 +30,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 from transformers.utils import logging
 
 from gpt3lib import GPT, GPTConfig, generate
-from gpt3lib.generation import KVCache, OneStep
+from gpt3lib.cache import KVCache, OneStep
 from gpt3lib.model import chunked_loss, loss_slowly
 from gpt3lib.sparse_attention import banded_flops
 from gpt3lib.texts import DATA
@@ -252,7 +252,7 @@ def one_peak(which: str, kinds: str) -> None:
     loss_of = {"naive": loss_slowly, "gpt3lib": chunked_loss}[which]
     x, y = text(vocab_size, n_texts, n_tokens)
     if kinds == "gpt3-1m":
-        model = GPT(GPTConfig.from_name(kinds, vocab_size, n_tokens))
+        model = GPT(GPTConfig.from_name(kinds, vocab_size=vocab_size, n_ctx=n_tokens))
     else:
         model = ours(vocab_size, n_tokens, tuple(kinds.split(",")) if kinds else ("dense",))
     optimizer = make_optimizer(model)

@@ -7,6 +7,8 @@ gpt3lib GPT; named_like_ours(theirs) returns anything it stores (weights, gradie
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt3lib import GPTConfig
+
 LINEARS = {"attention.wo": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # stored (in, out) by them
 NORMS = {"ln_1": "ln_1", "ln_2": "ln_2"}
 
@@ -20,7 +22,7 @@ def to_gpt2(model, attention: str = "eager") -> GPT2LMHeadModel:
     """
     c = model.config
     assert set(c.kinds) == {"dense"} or c.n_ctx <= c.bandwidth, "GPT-2 has no banded layers"
-    assert (c.qkv_bias, c.scaled, c.activation, c.position_offset) == (True, True, "gelu_tanh", 0)
+    assert type(c) is GPTConfig, "other people's models are not all GPT-2"
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.n_ctx, n_embd=c.d_model, n_layer=c.n_layers, n_head=c.n_heads
     )

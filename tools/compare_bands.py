@@ -6,7 +6,6 @@ A run that was cut goes on: what is in the file is not computed again.
 """
 
 import json
-import os
 import platform
 import time
 from datetime import date
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from gpt3lib.model import GPT, GPTConfig
+from gpt3lib import GPT, GPTConfig
+from gpt3lib.files import write_beside
 from gpt3lib.texts import DATA, corpus
 from gpt3lib.tokenization import Tokenizer
 from gpt3lib.training import evaluate, train, training_and_validation
@@ -31,20 +31,12 @@ PLACE = Path(DATA) / "experiments" / "bands.json"
 
 def one_run(attention, seed: int, training, validation, vocab_size: int) -> dict:
     """Held-out loss in nats and the median CPU seconds of a step."""
-    torch.manual_seed(seed)
     shape = {"n_ctx": 256, "n_layers": 4, "d_model": 96, "n_heads": 4, "d_head": 24}
-    model = GPT(GPTConfig(vocab_size, **shape, attention=attention, bandwidth=BANDWIDTH))
+    model = GPT(GPTConfig(vocab_size, **shape, attention=attention, bandwidth=BANDWIDTH), seed)
     clock = [time.process_time()]
     train(model, training, N_STEPS, batch_size=8, seed=seed, on_step=lambda *_: clock.append(time.process_time()))
     steps = sorted(later - earlier for earlier, later in zip(clock, clock[1:]))
     return {"loss": round(evaluate(model, validation, 64), 4), "step": round(steps[len(steps) // 2], 4)}
-
-
-def write(results: dict) -> None:
-    """Beside the file, then renamed: a run that is cut loses at most one training."""
-    part = PLACE.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, PLACE)
 
 
 def main() -> None:
@@ -59,7 +51,7 @@ def main() -> None:
             if f"{name}, seed {seed}" not in results["runs"]:
                 run = one_run(attention, seed, training, validation, tokenizer.vocab_size)
                 results["runs"][f"{name}, seed {seed}"] = run
-                write(results)
+                write_beside(PLACE, (json.dumps(results, indent=1) + "\n").encode())
                 print(f"{name}, seed {seed}: {run}", flush=True)
 
 

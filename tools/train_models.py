@@ -7,13 +7,13 @@ The weights are stored as float16, half the size. The last lines printed are the
 Another processor or number of threads rounds differently, so its file differs in the last digits, and so in its hash.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
 import torch
 
-from gpt3lib.model import GPT, GPTConfig
+from gpt3lib import GPT, GPTConfig
+from gpt3lib.files import sha256
 from gpt3lib.texts import DATA, corpus
 from gpt3lib.tokenization import Tokenizer
 from gpt3lib.training import evaluate, train, training_and_validation
@@ -27,8 +27,7 @@ def train_model(name: str) -> GPT:
     torch.set_num_threads(1)
     tokenizer = Tokenizer.load(DATA / "tokenizer-4353.bpe")
     training, validation = training_and_validation(tokenizer, corpus())
-    torch.manual_seed(RECIPES[name]["seed"])
-    model = GPT(GPTConfig.from_name(name))
+    model = GPT(GPTConfig.from_name(name), seed=RECIPES[name]["seed"])
 
     def log(step: int, loss: float) -> None:
         if (step + 1) % EVERY == 0:
@@ -42,7 +41,7 @@ def manifest_entry(name: str, folder: Path) -> str:
     """The lines of data/manifest.toml that name a trained model's files."""
     lines = [f"[models.{name}]", f'command = "python tools/train_models.py {name}"']
     for file in ("model.safetensors", "config.json"):
-        lines.append(f'"{file}" = "{hashlib.sha256((folder / file).read_bytes()).hexdigest()}"')
+        lines.append(f'"{file}" = "{sha256(folder / file)}"')
     return "\n".join(lines)
 
 
