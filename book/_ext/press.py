@@ -1,17 +1,43 @@
-"""What the site needs beyond Jupyter Book: citation labels, no script without a use, the version on every page."""
+"""What the site needs beyond Jupyter Book.
 
+A chapter is plain Markdown, so that it reads well in JupyterLab, Colab and on GitHub.
+Here its page gets more: a citation becomes a link, a quotation with a title a box, an
+exercise a box with a folded solution, a link inside a drawing leads to a page. A form
+that is nearly right is a warning, and warnings are errors.
+"""
+
+import posixpath
 import re
 import subprocess
 import tomllib
 from pathlib import Path
 
+from docutils import nodes
+from public_names import page_of_names
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.plain import Style as PlainStyle
 from pybtex.style.labels import BaseLabelStyle
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
+from sphinx.util import logging
+from sphinxcontrib.bibtex.roles import CiteRole
+
+log = logging.getLogger(__name__)
+CITATION = re.compile(r"\[([A-Z]{1,3}\d\d)\]")
+NOT_TEXT = (
+    nodes.literal,
+    nodes.math,
+    nodes.reference,
+    addnodes.pending_xref,
+    nodes.FixedTextElement,
+    nodes.raw,
+)
+EXERCISE = re.compile(r"Exercise \d+: \S")
+NOTEBOOK_LINK = re.compile(r'(<a\b[^>]*?\bhref=")([\w./-]+)\.ipynb\b')
 
 
 class KeyLabels(BaseLabelStyle):
-    """The label of a source is its key: [B20], not a number that moves when a source is added."""
+    """The label of a source is its key, such as [B20]."""
 
     def format_labels(self, sorted_entries):
         """One label per entry."""
@@ -24,37 +50,184 @@ class KeyStyle(PlainStyle):
     default_label_style = KeyLabels
 
 
+class Citations(SphinxTransform):
+    """`[B20]` in a text becomes a link to the source.
+
+    A key that is not in references.bib is a warning of sphinxcontrib-bibtex.
+    """
+
+    default_priority = 400
+
+    def apply(self):
+        """Go through the texts that are not code, formulas, links or outputs."""
+        for text in list(self.document.findall(nodes.Text)):
+            if CITATION.search(text) and not inside(text, NOT_TEXT):
+                new = [nodes.Text(part) for part in CITATION.split(text)]
+                for i in range(1, len(new), 2):  # words, key, words, key, …, words
+                    new[i] = self.link(new[i], text)
+                text.parent.replace(text, new)
+
+    def link(self, key: str, text: nodes.Text) -> nodes.Node:
+        """What the role {cite} makes of a key."""
+        target = {
+            "refdomain": "cite",
+            "reftype": "p",
+            "reftarget": key,
+            "refdoc": self.env.docname,
+            "refwarn": True,
+        }
+        link = addnodes.pending_xref("", nodes.inline("", f"[{key}]"), **target)
+        link.source, link.line = self.document["source"], text.parent.line
+        role = CiteRole()
+        role.target = key
+        return role.result_nodes(self.document, self.env, link, True)[0][0]
+
+
+class Boxes(SphinxTransform):
+    """A quotation with a title, `> **Title.** Text`, becomes a box."""
+
+    default_priority = 410
+
+    def apply(self):
+        """Go through the quotations."""
+        for quote in list(self.document.findall(nodes.block_quote)):
+            first = quote.children[0]
+            strong = first.children[0] if isinstance(first, nodes.paragraph) else None
+            if isinstance(strong, nodes.strong) and strong.astext().endswith("."):
+                first.remove(strong)
+                title = nodes.title("", "", *strong.children)
+                title[-1] = nodes.Text(title[-1].astext().removesuffix("."))
+                if isinstance(first[0] if first.children else None, nodes.Text):
+                    first[0] = nodes.Text(first[0].lstrip())
+                body = quote.children if first.astext() else quote.children[1:]
+                quote.replace_self(nodes.admonition("", title, *body, classes=["note"]))
+            elif isinstance(strong, nodes.strong) or first.astext().startswith("**"):
+                message = "a box begins with a title: > **Title.** Text"
+                log.warning(message, location=quote)
+
+
+class Exercises(SphinxTransform):
+    """`### Exercise 3: Title` becomes a box, `#### Solution` a folded one.
+
+    A section holds what stands below its heading up to the next: text, code, outputs.
+    """
+
+    default_priority = 420
+
+    def apply(self):
+        """Go through the sections."""
+        for section in list(self.document.findall(nodes.section)):
+            if named(section, "Exercise "):
+                self.fold(section)
+            elif named(section, "Solution") and not named(section.parent, "Exercise "):
+                log.warning("a solution stands below no exercise", location=section)
+
+    def fold(self, section: nodes.section) -> None:
+        """Make two boxes of an exercise."""
+        heading = section[0].astext()
+        below = [child for child in section if isinstance(child, nodes.section)]
+        if not EXERCISE.match(heading):
+            message = f"an exercise is named '### Exercise 3: Title', not {heading!r}"
+            log.warning(message, location=section)
+        if [solution[0].astext() for solution in below] != ["Solution"]:
+            message = f"{heading!r} has not one heading '#### Solution' below it"
+            log.warning(message, location=section)
+        for solution in below:
+            section.remove(solution)
+        solutions = [box(solution, ["solution", "dropdown"]) for solution in below]
+        section.replace_self([box(section, ["exercise"]), *solutions])
+
+
+class DrawnLinks(SphinxTransform):
+    """`<a href="04_attention.ipynb">` inside a drawing leads to the chapter's page."""
+
+    default_priority = 430
+
+    def apply(self):
+        """Go through the outputs that are HTML or SVG."""
+        for raw in self.document.findall(nodes.raw):
+            html = raw.astext()
+            for _, name in NOTEBOOK_LINK.findall(html):
+                page = posixpath.join(posixpath.dirname(self.env.docname), name)
+                if posixpath.normpath(page) not in self.env.found_docs:
+                    message = f"a drawing links {name}.ipynb, which is no chapter"
+                    log.warning(message, location=raw)
+            if NOTEBOOK_LINK.search(html):
+                raw[0] = nodes.Text(NOTEBOOK_LINK.sub(r"\1\2.html", html))
+
+
+def inside(node: nodes.Node, kinds: tuple) -> bool:
+    """Whether a node stands inside one of these kinds."""
+    while node := node.parent:
+        if isinstance(node, kinds):
+            return True
+    return False
+
+
+def named(section: nodes.Element, beginning: str) -> bool:
+    """Whether the heading of a section begins with these words."""
+    return section[0].astext().startswith(beginning)
+
+
+def box(section: nodes.section, classes: list[str]) -> nodes.admonition:
+    """A section as a box: its heading is the title, its addresses stay."""
+    return nodes.admonition("", *section.children, ids=section["ids"], classes=classes)
+
+
+def complete(app, docname, source) -> None:
+    """Two pages are more than their files: the sources and the library's names."""
+    if docname == "book/references":
+        source[0] += "\n```{bibliography}\n```\n"
+    if docname == "book/names":
+        source[0] += "\n" + page_of_names(Path(app.srcdir) / "gpt3lib")
+
+
 def version_line(root: Path) -> str:
-    """The version of the library and, in a git checkout, the commit the site was made from."""
+    """The version of the library and, in a git checkout, the commit of the site."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     commit = f" · {git.stdout.strip()}" if git.returncode == 0 else ""
-    return f"<p>{project['name']} {project['version']}{commit} · code MIT, words and pictures CC BY 4.0</p>"
+    name = f"{project['name']} {project['version']}{commit}"
+    return f"<p>{name} · code MIT, words and pictures CC BY 4.0</p>"
 
 
 def leave_out_live_code(app) -> None:
     """Disconnect sphinx-thebe: it needs other hosts, and the book does not use it."""
     for listeners in app.events.listeners.values():
-        listeners[:] = [entry for entry in listeners if not entry.handler.__module__.startswith("sphinx_thebe")]
-    app.registry.css_files[:] = [entry for entry in app.registry.css_files if entry[0] != "sphinx-thebe.css"]
+        listeners[:] = [
+            entry
+            for entry in listeners
+            if not entry.handler.__module__.startswith("sphinx_thebe")
+        ]
+    app.registry.css_files[:] = [
+        entry for entry in app.registry.css_files if entry[0] != "sphinx-thebe.css"
+    ]
 
 
 def leave_out_unused_math(app, pagename, templatename, context, doctree) -> None:
-    """Load MathJax where a formula stands; Sphinx also loads it where a page below the page has one."""
+    """Load MathJax only where a formula stands."""
     if not app.env.get_domain("math").data["has_equations"].get(pagename):
         context["script_files"] = [
             script
             for script in context["script_files"]
             if "mathjax/" not in str(getattr(script, "filename", script))
-            and "window.MathJax" not in getattr(script, "attributes", {}).get("body", "")
+            and "window.MathJax"
+            not in getattr(script, "attributes", {}).get("body", "")
         ]
 
 
 def leave_out_icon_script(app, exception) -> None:
-    """Take the theme's icon script (1.5 MB) out of the finished pages: its style sheet draws the same icons."""
+    """Take out the theme's icon script, 1.5 MB: its style sheet draws the icons."""
     script = re.compile(r"\s*<(script|link)\b[^>]*fontawesome\.js[^>]*>(</script>)?")
     for path in Path(app.outdir).rglob("*.html"):
-        path.write_text(script.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(
+            script.sub("", path.read_text(encoding="utf-8")), encoding="utf-8"
+        )
     for path in (Path(app.outdir) / "_static" / "scripts").glob("fontawesome.js*"):
         path.unlink()
 
@@ -68,6 +241,9 @@ def setup(app):
     """Register with Sphinx."""
     register_plugin("pybtex.style.formatting", "keys", KeyStyle)
     leave_out_live_code(app)
+    for transform in (Citations, Boxes, Exercises, DrawnLinks):
+        app.add_transform(transform)
+    app.connect("source-read", complete)
     app.connect("config-inited", print_version)
     app.connect("build-finished", leave_out_icon_script)
     app.connect("html-page-context", leave_out_unused_math, priority=900)
