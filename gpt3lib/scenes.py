@@ -1,0 +1,363 @@
+"""The book's pictures, drawn with its pen: a map of the model, the article's films."""
+
+# Made from book/b_scenes.ipynb by tools/export.py; edit the chapter, not this file.
+from contextlib import contextmanager
+
+from gpt3lib.pictures import (
+    WIDTH,
+    Picture,
+    PictureError,
+    Sheet,
+    stroke,
+    token_row,
+    token_width,
+    wrap,
+)
+
+
+def model_box(
+    picture: Picture, y: float, words: str, role="trained", x=70.0, width=300.0
+) -> None:
+    """A model as a box 46 px high."""
+    picture.rect(x, y, width, 46, role, fill=0.12, line=2.5, round=10)
+    picture.text(x + width / 2, y + 28, words, role, size=16, bold=True)
+
+
+def feed(
+    picture: Picture, strings, places, y: float, step: float, role="input", middle=220
+) -> None:
+    """A copy of the tokens sinks, within a step, into a model whose box is at y.
+
+    middle: of the box, in pixels from the left.
+    """
+    for string, (x, line, width) in zip(strings, places):
+        left = max(4, middle - width / 2)
+        with picture.during(step, step + 0.8, arrive=(x - left, line - y - 10)):
+            picture.token(left, y + 10, string, role, width)
+
+
+def speaking(prompt, output, alt: str) -> Picture:
+    """A prompt goes into the trained model, and text comes out (first picture)."""
+    heard, y = wrap(prompt, top=30)
+    said, bottom = wrap(output, top=y + 116)
+    picture = Picture(WIDTH, bottom, alt, seconds=0.8)
+    picture.text(4, 18, "prompt", anchor="start")
+    picture.text(4, y + 104, "output", anchor="start")
+    token_row(picture, prompt, heard)
+    feed(picture, prompt, heard, y + 14, step=1)
+    n_steps = min(12, len(said))  # a long answer leaves several tokens at a time
+    for i, (string, (x, line, width)) in enumerate(zip(output, said)):
+        away = ((WIDTH - width) / 2 - x, y + 24 - line)
+        with picture.during(2 + i * n_steps // len(said), arrive=away):
+            picture.token(x, line, string, "output", width)
+    model_box(picture, y + 14, "trained model")
+    return picture
+
+
+def sliding(strings, first: int, count: int, alt: str) -> Picture:
+    """Training examples from one text (third picture), `count` of them.
+
+    A window of `first` tokens grows by one per line; the next token is the label.
+    """
+    places, y = wrap(strings[: first + count], left=34, top=0)[0], 30
+    picture = Picture(WIDTH, y, alt)
+    picture.text(34, 18, "features", "input", anchor="start")
+    picture.text(114, 18, "label", "label", anchor="start")
+    for end in range(first, len(places)):
+        picture.text(14, y + 18, end - first + 1)
+        shifted = [(x, y + line, width) for x, line, width in places[: end + 1]]
+        token_row(picture, strings, shifted, ["input"] * end + ["label"])
+        y = picture.height = shifted[-1][1] + 40
+    return picture
+
+
+def guess_list(picture: Picture, x, y, width, guesses, full: float, label=None) -> None:
+    """Guesses (token, probability) as bars, the label's in violet.
+
+    The probability `full` is as long as fits.
+    """
+    column = min(0.45 * width, max(token_width(token) for token, _ in guesses))
+    for token, chance in guesses:
+        role = "label" if token == label else "output"
+        long = max(1.0, (width - column - 60) * float(chance) / full)
+        picture.token(x, y, token, role, column)
+        picture.rect(x + column + 6, y + 4, long, 18, role, fill=0.5, line=0, round=2)
+        words = f"{float(chance):.1%}"
+        picture.text(x + column + 11 + long, y + 18, words, anchor="start")
+        y += 32
+
+
+def training_step(features, before, label: str, after, alt: str) -> Picture:
+    """Predict, compare, update (fourth picture).
+
+    before, after: the guesses, lists of (token, probability).
+    """
+    places, y = wrap(features, top=30)
+    full = max(float(chance) for _, chance in [*before, *after]) or 1.0
+    high = y + 116 + 32 * max(len(before), len(after))
+    picture = Picture(WIDTH, high, alt, seconds=1.2)
+    picture.text(4, 18, "features", anchor="start")
+    token_row(picture, features, places)
+    first = 1, 0, 5, 4, "untrained", "before", before
+    second = 5, 5, None, 228, "trained", "after the update", after
+    for fed, start, stop, x, role, words, guesses in (first, second):
+        feed(picture, features, places, y + 14, fed, middle=104)
+        with picture.during(start, stop):
+            model_box(picture, y + 14, "model", role, 4, 200)
+        with picture.during(fed + 1):
+            picture.text(x, y + 104, f"guesses {words}", role, anchor="start")
+            guess_list(picture, x, y + 114, 208, guesses, full, label)
+    with picture.during(3):
+        picture.text(270, y + 22, "right answer", "label", anchor="start")
+        picture.token(270, y + 28, label, "label", min(token_width(label), 160))
+    with picture.during(4):
+        picture.arrow(262, y + 41, 208, y + 41, "label", 2.5)
+        picture.text(270, y + 72, "error: update", "label", anchor="start")
+    return picture
+
+
+def one_at_a_time(prompt, output, alt: str) -> Picture:
+    """The model makes one token at a time, and each is fed back (fifth picture)."""
+    places, y = wrap([*prompt, *output], top=30)
+    seconds = min(1.0, 12 / max(1, len(output)))
+    picture = Picture(WIDTH, y + 108, alt, seconds)
+    words = "the prompt, and what has been said so far"
+    picture.text(4, 18, words, anchor="start")
+    token_row(picture, prompt, places)
+    feed(picture, prompt, places, y + 14, step=0)
+    for i, (string, place) in enumerate(zip(output, places[len(prompt) :])):
+        (x, line, width), born = place, 2 * i + 0.8
+        left, moves = (WIDTH - width) / 2, born + 0.5
+        stays = None if i + 1 == len(output) else moves
+        with picture.during(born, stays, arrive=(0, -50)):
+            picture.token(left, y + 74, string, "output", width)
+        with picture.during(moves, arrive=(left - x, y + 74 - line)):
+            picture.token(x, line, string, "output", width)
+        feed(picture, [string], [place], y + 14, 2 * i + 2, "output")
+    model_box(picture, y + 14, "trained model")
+    return picture
+
+
+def before_after(before: dict, after: dict, alt: str) -> Picture:
+    """Corners of matrices before training and right after it (sixth picture).
+
+    before, after: name -> 2-D tensor. Only how large a number is, is drawn.
+    """
+    picture = Picture(WIDTH, 30 + 130 * len(before), alt)
+    picture.text(4, 18, "before training", "untrained", anchor="start")
+    picture.text(226, 18, "after training", "trained", anchor="start")
+    for name, y in zip(before, range(30, 30 + 130 * len(before), 130)):
+        corners = [
+            [[abs(float(number)) for number in row[:12]] for row in tables[name][:6]]
+            for tables in (before, after)
+        ]
+        scale = max(number for corner in corners for row in corner for number in row)
+        for x, role, corner in zip((4, 226), ("untrained", "trained"), corners):
+            wide, high = 14 * len(corner[0]), 14 * len(corner)
+            picture.cells(x + 5, y + 5, corner, role, 14, scale)
+            picture.rect(x, y, wide + 10, high + 10, "weight", line=2)
+        words = f"{name}: {' × '.join(map(str, after[name].shape))}"
+        picture.text(4, y + high + 28, words, anchor="start")
+    return picture
+
+
+def tracks(strings, n_ctx: int, alt: str) -> Picture:
+    """The context window (seventh picture): n_ctx tracks, one token on each.
+
+    All move at once. The first eight and the last are drawn.
+    """
+    shown = [*range(len(strings))][:8]
+    shown += [None, n_ctx - 1] if n_ctx > len(shown) else []
+    column, right = min(130, max(map(token_width, strings))), WIDTH - 56
+    left, high = column + 74, 34 * len(shown)
+    picture = Picture(WIDTH, high + 34, alt, seconds=2.0)
+    for y, track in zip(range(30, 30 + high, 34), shown):
+        name = "⋮" if track is None else f"{track + 1:,}"
+        picture.text(44, y + 18, name, anchor="end")
+        if track in range(len(strings)):
+            picture.token(52, y, strings[track], "input", column)
+            picture.line(left - 20, y + 13, WIDTH - 6, y + 13, "stream", 2)
+            with picture.during(0, 1, arrive=(left - 30 - right, 0)):
+                picture.rect(right + 12, y + 5, 28, 16, "stream", fill=0.7)
+        elif track:
+            picture.line(52, y + 13, WIDTH - 6, y + 13, "untrained", 1.5, "4 4")
+    middle, look = (left + right) / 2, {"fill": 0.1, "line": 2.5, "round": 10}
+    picture.text(middle, 18, f"a window of {n_ctx:,} tracks", "trained")
+    picture.rect(left, 26, right - left, high, "trained", **look)
+    return picture
+
+
+def word_vector_word(word: str, vector_in, vector_out, guesses, alt: str) -> Picture:
+    """A word becomes a vector, the vector a prediction, that a word (eighth picture).
+
+    vector_in, vector_out: (d_model,); guesses: a list of (token, probability).
+    """
+    picture = Picture(WIDTH, 276 + 32 * len(guesses), alt, seconds=1.2)
+    width = min(token_width(word), 264)
+    picture.token(154 - width / 2, 6, word, "input", width)
+    with picture.during(2):
+        model_box(picture, 128, "the layers", x=22, width=264)
+    arrows = {36: (1, "1  word to vector"), 98: (2, "2  compute")}
+    arrows |= {178: (3, "result"), 236: (4, "3  vector to word")}
+    for y, (step, words) in arrows.items():
+        with picture.during(step):
+            picture.arrow(154, y, 154, y + 27)
+            picture.text(170, y + 18, words, anchor="start")
+    for step, y, vector in ((1, 68, vector_in), (3, 208, vector_out)):
+        with picture.during(step, arrive=(0, -36)):
+            picture.cells(22, y, [vector[:12]], "stream", 22)
+            picture.text(296, y + 16, f"… {len(vector):,} numbers", anchor="start")
+    full = max(float(chance) for _, chance in guesses) or 1.0
+    with picture.during(4, arrive=(0, -36)):
+        guess_list(picture, 22, 270, WIDTH - 30, guesses, full)
+    return picture
+
+
+PARTS = {  # part of the map -> its chapter, the role of its colour, its words
+    "tokens": ("02_tokenization", "input", "Tokenization"),
+    "embeddings": ("03_embeddings", "weight", "Embeddings"),
+    "attention": ("04_attention", "trained", "Attention"),
+    "band": ("05_sparse_attention", "trained", "Sparse attention"),
+    "decoder": ("06_decoder", "stream", "The decoder"),
+    "sizes": ("07_sizes", "weight", "Sizes"),
+    "generation": ("08_generation", "output", "Generation"),
+    "cache": ("09_cache", "stream", "The cache"),
+    "decoding": ("10_decoding", "output", "Decoding"),
+    "training": ("13_training", "label", "Training"),
+    "weights": ("24_real_weights", "weight", "Real weights"),
+}
+
+
+class Map(Sheet):
+    """The whole model, one part of it lit; each part links to its chapter."""
+
+    kind = 'role="group"'  # no single image: its links are read one by one
+
+    def __init__(self, lit: str | None, alt: str):
+        super().__init__(WIDTH, 306, alt)
+        self.lit = lit
+
+    @contextmanager
+    def part(self, name: str):
+        """What is drawn inside belongs to a part: its link and its colour."""
+        chapter, role, title = PARTS[name]
+        here = ' aria-current="page"' if name == self.lit else ""
+        self.add(f'<a href="{chapter}.ipynb" aria-label="{title}"{here}>')
+        self.add(f"<title>{title}</title>")
+        self.bright = name == self.lit
+        self.role = role if self.lit in (name, None) else "untrained"
+        yield
+        self.add("</a>")
+
+    def box(self, x, y, w, words, h=26, dash=""):
+        """A box of the part, with its word."""
+        fill, line = (0.25, 2.5) if self.bright else (0.06, 1)
+        self.rect(x, y, w, h, self.role, fill, line, dash=dash)
+        self.word(x + w / 2, y + h / 2 + 5, words)
+
+    def word(self, x, y, words, anchor="middle", upwards=False):
+        """A word of the part, bold when it is lit."""
+        look = {"anchor": anchor, "upwards": upwards, "bold": self.bright}
+        self.text(x, y, words, self.role, size=14, **look)
+
+    def way(self, *points, head=True):
+        """Straight lines through the points, with a head at the end."""
+        line = 2.5 if self.bright else 1.5
+        corners = [*points[:-1]] if head else [*points]
+        path = "M" + "L".join(f"{x},{y}" for x, y in corners)
+        if len(corners) > 1:
+            self.add(f'<path d="{path}" fill="none" {stroke(self.role, line)}/>')
+        if head:
+            self.arrow(*points[-2], *points[-1], self.role, line)
+
+    def plus(self, x, y):
+        """A sum: a circle on the stream, with a horizontal stroke."""
+        line = 2.5 if self.bright else 1.5
+        place = f'cx="{x}" cy="{y}" r="8" fill="none"'
+        self.add(f"<circle {place} {stroke(self.role, line)}/>")
+        self.line(x - 8, y, x + 8, y, self.role, line)
+
+
+def draw_decoder(sheet: Map) -> None:
+    """The frame of a layer, what its two halves begin and end with, the last norm."""
+    sheet.rect(56, 78, 288, 126, sheet.role, line=2.5 if sheet.bright else 1, round=10)
+    sheet.word(66, 98, "layer", "start")
+    for y in (109, 163):
+        sheet.way((130, y), (150, y))
+        sheet.box(150, y - 13, 46, "norm")
+        sheet.way((196, y), (206, y))
+        sheet.way((244, y + 13), (244, y + 27), (138, y + 27))
+        sheet.plus(130, y + 27)
+    sheet.box(206, 150, 76, "MLP")
+    sheet.box(107, 210, 46, "norm", h=20)
+
+
+def draw_training(sheet: Map) -> None:
+    """The loss between logits and label, and the way back to the weights."""
+    sheet.way((190, 253), (222, 253))
+    sheet.box(222, 240, 60, "loss")
+    sheet.way((252, 278), (252, 266))
+    sheet.box(222, 278, 60, "label")
+    sheet.way((282, 253), (397, 253), (397, 176))
+    sheet.word(340, 247, "update")
+
+
+def draw_generation(sheet: Map) -> None:
+    """The next token, and its way back to the tokens."""
+    sheet.way((130, 266), (130, 278))
+    sheet.box(70, 278, 120, "next token")
+    sheet.way((70, 291), (22, 291), (22, 198), head=False)
+    sheet.way((22, 112), (22, 17), (70, 17))
+
+
+ALT = (
+    "The whole model. Text becomes tokens; embeddings make vectors of them; a straight "
+    "line, the residual stream, runs through L layers, to which attention and MLP add; "
+    "logits choose the next token, which joins the text."
+)
+
+
+def whole_model(lit: str | None = None, alt: str | None = None) -> Map:
+    """The map of the whole model that each chapter begins with, with its part lit.
+
+    lit: a name in PARTS, or None for all. Raises PictureError for another name.
+    """
+    if lit is not None and lit not in PARTS:
+        raise PictureError(f"no part {lit!r} on the map; there are {', '.join(PARTS)}")
+    here = f" Lit: {PARTS[lit][2]}." if lit else ""
+    sheet = Map(lit, alt or ALT + here)
+    stream = "stream" if lit in (None, "decoder") else "untrained"
+    sheet.line(130, 68, 130, 210, stream, 3)
+    sheet.line(130, 230, 130, 240, stream, 3)
+    sheet.text(236, 22, "text", anchor="start")
+    sheet.arrow(230, 17, 194, 17)
+    with sheet.part("tokens"):
+        sheet.box(70, 4, 120, "tokens")
+        sheet.way((130, 30), (130, 42))
+    with sheet.part("embeddings"):
+        sheet.box(70, 42, 120, "embeddings")
+        sheet.word(198, 60, "token + position", "start")
+        sheet.box(70, 240, 120, "logits")
+    with sheet.part("attention"):
+        sheet.box(206, 96, 76, "attention")
+    with sheet.part("band"):
+        sheet.box(286, 96, 50, "band", dash="4 3")
+    with sheet.part("decoder"):
+        draw_decoder(sheet)
+    with sheet.part("sizes"):
+        sheet.box(66, 166, 44, "× L")
+    with sheet.part("generation"):
+        draw_generation(sheet)
+    with sheet.part("cache"):
+        sheet.box(362, 96, 70, "cache")
+        sheet.way((362, 109), (338, 109))
+        sheet.word(397, 139, "keys, values")
+    with sheet.part("decoding"):
+        sheet.box(6, 112, 32, "", h=86)
+        sheet.word(27, 155, "many texts", upwards=True)
+    with sheet.part("training"):
+        draw_training(sheet)
+    with sheet.part("weights"):
+        sheet.box(362, 150, 70, "weights")
+        sheet.way((362, 163), (346, 163))
+    return sheet
