@@ -32,6 +32,7 @@ ENVIRONMENT = {
 }
 COLOURS = 96  # of a stored PNG; the lines and letters of a plot need no more
 SETUP_TAGS = ["remove-cell", "setup"]
+HIDDEN_TAGS = {"hide-input", "remove-input", "hide-cell", "remove-cell"}
 SETUP = """\
 # Colab has no gpt3lib: install it there. Elsewhere this does nothing.
 import importlib.util
@@ -46,7 +47,7 @@ def settings() -> dict:
 
 
 def chapters() -> list[str]:
-    """The notebooks of the book, in the order of _toc.yml, the front page last (it shows the others' run times)."""
+    """The notebooks that _toc.yml lists, in its order, the front page last (it shows the others' run times)."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     files = [entry["file"] for part in toc["parts"] for entry in part["chapters"]] + [toc["root"]]
     return [Path(file).name for file in files if not (ROOT / f"{file}.md").exists()]
@@ -86,8 +87,22 @@ def small_png(encoded: str) -> str:
     return base64.b64encode(stored.getvalue()).decode()
 
 
+def fold(cell) -> None:
+    """Let JupyterLab and Colab fold what the page folds: cells with hidden input, and solutions."""
+    tags = set(cell.metadata.get("tags", []))
+    for key in ("jupyter", "cellView", "jp-MarkdownHeadingCollapsed"):
+        cell.metadata.pop(key, None)
+    if cell.cell_type == "code" and tags & HIDDEN_TAGS:
+        cell.metadata["jupyter"] = {"source_hidden": True}
+        cell.metadata["cellView"] = "form"  # Colab's word for it
+        if "remove-cell" in tags:
+            cell.metadata["jupyter"]["outputs_hidden"] = True
+    if cell.cell_type == "markdown" and cell.source.split("\n")[0].rstrip() == "#### Solution":
+        cell.metadata["jp-MarkdownHeadingCollapsed"] = True
+
+
 def normal_form(notebook) -> None:
-    """Drop what differs from run to run or machine to machine; keep outputs and execution counts."""
+    """Drop what differs from run to run or machine to machine, fold what is to be folded; keep outputs and counts."""
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -100,6 +115,7 @@ def normal_form(notebook) -> None:
         cell.id = f"cell-{number}"
         for key in ("execution", "collapsed", "scrolled", "lines_to_next_cell"):
             cell.metadata.pop(key, None)
+        fold(cell)
         for output in cell.get("outputs", []):
             output.get("metadata", {}).clear()
             if "image/png" in output.get("data", {}):
@@ -155,6 +171,10 @@ def main() -> int:
     unknown = set(names) - set(chapters())
     if unknown:
         print(f"no chapter {', '.join(sorted(unknown))}; there are {', '.join(chapters())}", file=sys.stderr)
+        return 1
+    missing = [name for name in names if not (ROOT / "book" / f"{name}.ipynb").exists()]
+    if missing:
+        print(f"_toc.yml lists {', '.join(missing)}, and book/ has no such notebook", file=sys.stderr)
         return 1
     total = 0.0
     for name in names:
