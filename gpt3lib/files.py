@@ -1,4 +1,5 @@
-"""Files that a kill cannot spoil: written beside, then renamed; hashes; folders of tensors, and names on a hub."""
+"""Files that a kill cannot spoil: written beside, then renamed; hashes; folders of
+tensors."""
 
 # Made from book/d_files.ipynb by tools/export.py; edit the chapter, not this file.
 import hashlib
@@ -33,6 +34,13 @@ class WeightsError(ValueError):
 
     The message names the file and says what to do.
     """
+
+
+def remove_shards(folder: Path, keep) -> None:
+    """Remove the shards of an older model from a folder, all but those named in `keep`."""
+    for path in folder.glob("model-*-of-*.safetensors"):
+        if path.name not in keep:
+            os.unlink(path)
 
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -70,13 +78,6 @@ def shards(tensors: dict, shard_bytes: int) -> list[dict]:
         groups[-1][name] = tensor
         room -= tensor.nbytes
     return groups
-
-
-def remove_shards(folder: Path, keep) -> None:
-    """Remove the shards of an older model from a folder, all but those named in `keep`."""
-    for path in folder.glob("model-*-of-*.safetensors"):
-        if path.name not in keep:
-            os.unlink(path)
 
 
 def write_shards(

@@ -1,4 +1,4 @@
-"""The whole model: one decoder layer, the stack of them, how its numbers begin, and the loss that trains it."""
+"""The whole model: one layer, the stack of them, how its numbers begin, and the loss."""
 
 # Made from book/06_decoder.ipynb by tools/export.py; edit the chapter, not this file.
 import hashlib
@@ -16,17 +16,15 @@ from gpt3lib.embeddings import Embeddings, check_length, check_tokens
 from gpt3lib.sparse_attention import BandedSelfAttention
 from gpt3lib.tokenization import TokenError
 
-SIZES: dict[str, dict] = {}  # name -> fields of GPTConfig; the module `sizes` fills it
-FORMATS: dict[str, Callable] = {}  # "read" and "write"; the module `weights` fills it
 
-
+# What a model refuses; the workshop at the end of this page has a table of it.
 class ConfigError(ValueError):
     """A model configuration that contradicts itself, or a name that no model has."""
 
 
 def check_config(config: "GPTConfig") -> None:
-    """Raise ConfigError, saying what would be right, unless a model can have this shape."""
-    for name in (
+    """Raise ConfigError, saying what would be right, unless a model can be so."""
+    numbers = (
         "vocab_size",
         "n_ctx",
         "n_layers",
@@ -34,11 +32,12 @@ def check_config(config: "GPTConfig") -> None:
         "n_heads",
         "d_head",
         "bandwidth",
-    ):
+    )
+    for name in numbers:
         value = getattr(config, name)
         if type(value) is not int or value < 1:  # isinstance would let True pass as 1
             raise ConfigError(
-                f"{name} is {value!r}; it must be a whole number of at least 1"
+                f"{name} is {value!r}; it must be a whole number, 1 or more"
             )
     if config.n_heads * config.d_head != config.d_model:
         raise ConfigError(
@@ -49,17 +48,31 @@ def check_config(config: "GPTConfig") -> None:
     kinds = config.attention
     if type(kinds) is not tuple or not kinds or not set(kinds) <= {"dense", "banded"}:
         raise ConfigError(
-            f"attention is {kinds!r}; it must be a tuple of 'dense' and 'banded', one at least"
+            f"attention is {kinds!r}; it must be a tuple of 'dense' and 'banded', "
+            "one at least"
         )
+
+
+def check_targets(tokens: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> None:
+    """Raise TokenError unless every token has one target, an id of the vocabulary."""
+    check_tokens(targets, vocab_size)
+    if tokens.shape != targets.shape:
+        raise TokenError(
+            f"tokens {tuple(tokens.shape)} and targets {tuple(targets.shape)} "
+            "must have one shape"
+        )
+
+
+SIZES: dict[str, dict] = {}  # name -> fields of GPTConfig; the module `sizes` fills it
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model, in the paper's symbols. Raises ConfigError when it contradicts itself.
+    """The shape of a model, in the paper's symbols; a contradiction raises ConfigError.
 
     vocab_size: number of token ids; n_ctx: tracks, the longest text it can see;
     n_layers: depth; d_model: width of a track; n_heads heads of width d_head.
-    attention: the kinds of the layers, from the first layer up and then over again;
+    attention: the kinds of the layers, from the first up and then over again;
     bandwidth: keys that a query of a banded layer sees, itself included.
     """
 
@@ -84,14 +97,14 @@ class GPTConfig:
 
     @property
     def d_ff(self) -> int:
-        """Width of the hidden layer of the MLP, four times d_model in every size ([B20] §2.1)."""
+        """Width of the hidden layer of the MLP ([B20] §2.1)."""
         return 4 * self.d_model
 
     @classmethod
     def from_name(cls, name: str, **changes) -> "GPTConfig":
-        """One of the paper's eight sizes (gpt3-125m … gpt3-175b) or of our five (gpt3-100k …).
+        """A size of the paper's (gpt3-125m … gpt3-175b) or of ours (gpt3-100k …).
 
-        changes: fields that are to differ, such as n_ctx. Raises ConfigError for any other name.
+        changes: fields that are to differ, such as n_ctx. Raises ConfigError.
         """
         if name not in SIZES:
             raise ConfigError(
@@ -101,7 +114,7 @@ class GPTConfig:
 
 
 class MLP(nn.Module):
-    """Each track thinks for itself: d_model -> d_ff -> d_model, with GPT-2's tanh form of GELU."""
+    """Each track thinks for itself: d_model -> d_ff -> d_model, GELU between."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -115,9 +128,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then MLP, each normalised before and added to the stream.
+    """One decoder layer: attention, then MLP, each normalised before and added after.
 
-    kind: "dense", or "banded" for one that sees the last config.bandwidth tracks ([R19] §2.3).
+    kind: "dense", or "banded" for one that sees config.bandwidth tracks ([R19] §2.3).
     """
 
     def __init__(self, config: GPTConfig, kind: str = "dense"):
@@ -132,36 +145,31 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, past=None) -> torch.Tensor:
-        """(B, T, d_model) -> (B, T, d_model). past: what the layer kept of earlier tokens."""
+        """(B, T, d_model) -> (B, T, d_model). past: kept of earlier tokens, or None."""
         x = x + self.attention(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
 def normal(shape: torch.Size, std: float, seed: int, name: str) -> torch.Tensor:
-    """Numbers from N(0, std²) that depend on (seed, name, shape) and on nothing else."""
+    """N(0, std²) numbers that depend on (seed, name, shape) and on nothing else."""
     key = hashlib.sha256(f"{seed} {name} {list(shape)}".encode()).digest()
-    dice = torch.Generator("cpu").manual_seed(int.from_bytes(key[:7], "big"))
-    return torch.randn(shape, generator=dice, device="cpu") * std
+    dice = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+    return torch.randn(shape, generator=dice, device=dice.device) * std
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, n_layers: int, seed: int = 0) -> None:
-    """Fill a model in place: matrices N(0, 0.02²), positions N(0, 0.01²), biases 0, gains 1.
+    """Fill a model: matrices N(0, 0.02²), positions N(0, 0.01²), biases 0, gains 1.
 
     The two matrices of a layer that write to the stream get 0.02 / √(2 · n_layers), see
     [R19] §2.3. Parameters on the "meta" device have no numbers and stay without.
     """
-    stds = {
-        "wpe.weight": 0.01,
-        "attention.wo.weight": 0.02 / math.sqrt(2 * n_layers),
-        "mlp.down.weight": 0.02 / math.sqrt(2 * n_layers),
-    }
+    small = 0.02 / math.sqrt(2 * n_layers)
+    stds = {"wpe.weight": 0.01, "wo.weight": small, "down.weight": small}
     for name, p in model.named_parameters():
-        if p.is_meta:
-            continue
         if p.dim() == 1:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
+        elif not p.is_meta:
             std = next((std for end, std in stds.items() if name.endswith(end)), 0.02)
             p.copy_(normal(p.shape, std, seed, name))
 
@@ -169,25 +177,28 @@ def initialise(model: nn.Module, n_layers: int, seed: int = 0) -> None:
 def loss_slowly(
     h: torch.Tensor, wte: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """The loss in two lines: all logits at once, (B, T, vocab_size), then their cross-entropy."""
-    logits = F.linear(h, wte)
+    """(B, T, d_model), the token table, (B, T) ids -> loss, all logits at once."""
+    logits = F.linear(h, wte)  # (B, T, vocab_size)
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 def chunked_loss(
     h: torch.Tensor, wte: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """The same as loss_slowly, with the logits of 256 tracks at a time and never more."""
+    """The same as loss_slowly, with the logits of 256 tracks at a time."""
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=256)
     return F.linear_cross_entropy(
         h.flatten(0, -2), wte, targets.flatten(), options=options
     )
 
 
-class GPT(nn.Module):
-    """A GPT-3: embeddings, n_layers blocks, a last LayerNorm, and the token table as way out.
+FORMATS: dict[str, Callable] = {}  # "read" and "write"; the module `weights` fills it
 
-    seed: which random numbers it begins with; the same on every machine and in every order.
+
+class GPT(nn.Module):
+    """A GPT-3: embeddings, blocks, a last LayerNorm, the token table as the way out.
+
+    seed: which random numbers it begins with, the same on every machine.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0):
@@ -211,45 +222,32 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, tokens: torch.Tensor, past=None) -> torch.Tensor:
-        """(B, T) int64 ids -> logits (B, T, vocab_size). Raises TokenError, ContextError."""
+        """(B, T) ids -> logits (B, T, vocab_size). Raises TokenError, ContextError."""
         return self.embeddings.unembed(self.hidden(tokens, past))
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean next-token cross-entropy in nats; (B, T) ids twice. Raises TokenError, ContextError."""
+        """Mean cross-entropy in nats of (B, T) ids and targets. Raises TokenError."""
         check_targets(tokens, targets, self.config.vocab_size)
         return chunked_loss(self.hidden(tokens), self.embeddings.wte.weight, targets)
 
     def check(self, tokens: torch.Tensor, past=None) -> None:
         """Raise TokenError or ContextError unless the model can read these tokens."""
         check_tokens(tokens, self.config.vocab_size)
-        seen = 0 if past is None else past.length
-        check_length(seen + tokens.shape[1], self.config.n_ctx)
+        before = 0 if past is None else past.length
+        check_length(before + tokens.shape[1], self.config.n_ctx)
 
     def num_params(self) -> int:
         """The exact number of parameters; the token table is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write model.safetensors and config.json into a folder, whole or not at all.
-
-        In Hugging Face's format where the model is a GPT-2, GPT-Neo or OPT, see `weights`.
-        """
-        FORMATS["write"](self, Path(path))
+        """Write model.safetensors and config.json, see gpt3lib.weights."""
+        FORMATS["write"](self, path)
 
     @staticmethod
     def from_pretrained(path_or_name: str | Path) -> "GPT":
-        """Read a model in float32, ready to use. Raises WeightsError when that cannot be.
+        """The model in a folder, or of a name on Hugging Face's hub, in float32.
 
-        path_or_name: a folder that save_pretrained wrote, a Hugging Face folder, or a name on
-        their hub, see `weights`.
+        Raises WeightsError when there is none that fits, see gpt3lib.weights.
         """
         return FORMATS["read"](path_or_name)
-
-
-def check_targets(tokens: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> None:
-    """Raise TokenError unless every token has one target, an id of the vocabulary."""
-    check_tokens(targets, vocab_size)
-    if tokens.shape != targets.shape:
-        raise TokenError(
-            f"tokens {tuple(tokens.shape)} and targets {tuple(targets.shape)} must have one shape"
-        )
