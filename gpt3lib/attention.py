@@ -18,7 +18,7 @@ def fused(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, **how)
 
 
-def causal_mask(n_queries: int, n_keys: int, device=None) -> torch.Tensor:
+def causal_mask(n_queries: int, n_keys: int, device: torch.device | None = None):
     """(n_queries, n_keys) booleans: True where a query may look at a key.
 
     The queries are the last of the keys. Raises ValueError for more queries than keys:
@@ -27,8 +27,8 @@ def causal_mask(n_queries: int, n_keys: int, device=None) -> torch.Tensor:
     if n_queries > n_keys:
         counts = f"{n_queries} queries but only {n_keys} keys"
         raise ValueError(f"{counts}; a query needs at least its own key")
-    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    return ones.tril(n_keys - n_queries)
+    kind = {"dtype": torch.bool, "device": device}
+    return torch.ones(n_queries, n_keys, **kind).tril(n_keys - n_queries)
 
 
 def attention_weights(q, k, mask=None, scale: float | None = None) -> torch.Tensor:
