@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 
 
 def write_beside(path: str | Path, data: bytes) -> None:
-    """Write a file beside its place, then rename it: a reader sees all of the old or all of the new."""
+    """Write beside, then rename: a reader sees all of the old or all of the new."""
     part = Path(f"{path}.part")
     part.write_bytes(data)
     os.replace(part, path)
@@ -30,14 +30,14 @@ def sha256(source: bytes | Path) -> str:
 
 
 class WeightsError(ValueError):
-    """A model that is damaged, incomplete, out of reach, or of a kind that GPT cannot be.
+    """A model that is damaged, incomplete, out of reach, or none that GPT can be.
 
     The message names the file and says what to do.
     """
 
 
 def remove_shards(folder: Path, keep) -> None:
-    """Remove the shards of an older model from a folder, all but those named in `keep`."""
+    """Remove an older model's shards from a folder, all but those in `keep`."""
     for path in folder.glob("model-*-of-*.safetensors"):
         if path.name not in keep:
             os.unlink(path)
@@ -49,7 +49,7 @@ MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 def write_folder(
     folder: Path, tensors: dict, header: dict[str, str], config: str
 ) -> None:
-    """Write model.safetensors, with a header, then config.json; a kill leaves a model that loads."""
+    """Write model.safetensors and config.json; a kill leaves a model that loads."""
     folder.mkdir(parents=True, exist_ok=True)
     weights_part, config_part = folder / f"{MODEL}.part", folder / "config.json.part"
     config_part.write_text(config)
@@ -63,7 +63,7 @@ def write_folder(
 
 
 def shards(tensors: dict, shard_bytes: int) -> list[dict]:
-    """The tensors in groups of at most shard_bytes; a larger tensor has a group of its own.
+    """The tensors in groups of at most shard_bytes; a larger one is a group of its own.
 
     Raises WeightsError for a size below 1.
     """
@@ -112,7 +112,8 @@ def scan(path: Path) -> tuple[dict, dict]:
     """
     try:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            slices = {name: file.get_slice(name) for name in names}
             found = {
                 name: (path, tuple(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
@@ -125,7 +126,7 @@ def scan(path: Path) -> tuple[dict, dict]:
 
 
 def scan_shards(index: Path) -> tuple[dict, dict]:
-    """The same for a model in several files, whose index says which tensor lies where."""
+    """The same for a model in several files, whose index says what lies where."""
     try:
         raw = json.loads(index.read_text())
         places, about = dict(raw["weight_map"]), dict(raw.get("metadata") or {})
@@ -151,14 +152,14 @@ def scan_shards(index: Path) -> tuple[dict, dict]:
 
 
 PICKLED = (
-    "has no safetensors but pickles ({}), which can run any code when opened; if you trust "
-    "it, load it once with transformers and save it with save_pretrained, which writes "
-    "safetensors"
+    "has no safetensors but pickles ({}), which can run any code when opened; "
+    "if you trust it, load it once with transformers and save it with "
+    "save_pretrained, which writes safetensors"
 )
 
 
 def scan_folder(folder: Path) -> tuple[dict, dict]:
-    """name -> (file, shape, type) of a folder's tensors, in one file or in shards, and metadata.
+    """name -> (file, shape, type) of a folder's tensors, and their metadata.
 
     Raises WeightsError when there are none, naming what is there instead.
     """
@@ -185,10 +186,10 @@ def read_tensors(found: dict) -> dict[str, torch.Tensor]:
 
 
 def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Path:
-    """The folder of this name; else, for a text like "owner/name", the hub's model of that name.
+    """The folder of this name; else, for a text like "owner/name", the hub's model.
 
-    The hub's is downloaded, or taken from its cache. check(folder) may refuse it when only
-    config.json is there, before gigabytes come. Raises WeightsError.
+    That is downloaded, or taken from the hub's cache. check(folder) may refuse it
+    when only config.json is there, before gigabytes come. Raises WeightsError.
     """
     folder, name = Path(path_or_name), str(path_or_name)
     if folder.is_file():
@@ -219,9 +220,9 @@ def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Pa
         no = "has no such model, or not for everybody"
         says = no if kind in unknown else "could not be reached"
         raise WeightsError(
-            f"{name!r} is no folder here, and the Hugging Face hub {says} ({kind}); give the "
-            f"path of a folder, or run `hf download {name}` where there is a network (it fills "
-            "the cache in $HF_HOME)"
+            f"{name!r} is no folder here, and the Hugging Face hub {says} ({kind}); "
+            f"give the path of a folder, or run `hf download {name}` where there is a "
+            "network (it fills the cache in $HF_HOME)"
         ) from error
     if not any(found.glob("*.safetensors")):
         raise WeightsError(f"{name!r} on the hub {PICKLED.format('or nothing at all')}")
