@@ -9,6 +9,7 @@ from hashlib import sha256
 from html import escape
 from io import BytesIO
 from math import ceil, floor, hypot, inf, log10
+from textwrap import fill
 from unicodedata import east_asian_width
 from xml.etree import ElementTree
 
@@ -79,8 +80,7 @@ def digits(value: float) -> str:
 def heat(value: float, scale: float, role: str, most: float = 0.9) -> str:
     """SVG attributes of a cell: the role's colour, or grey for a negative number.
 
-    ±scale is the strongest. What is below a thousandth of it counts as zero, so that
-    rounding noise does not change the colour.
+    ±scale is the strongest; noise below a thousandth of it does not change the colour.
     """
     strength = min(1.0, abs(value) / scale) if scale else 0.0
     opacity = 0.06 + (most - 0.06) * strength
@@ -380,17 +380,16 @@ def plot_style() -> None:
     """
     from matplotlib import cycler, pyplot  # here: the library needs no matplotlib
 
-    inked = "text.color axes.labelcolor axes.edgecolor axes.titlecolor"
-    inked += " xtick.color ytick.color legend.labelcolor"
-    clear = "figure.facecolor axes.facecolor savefig.facecolor"
-    sizes = {"figure.figsize": (6.1, 3.2), "figure.dpi": 110, "savefig.dpi": 144}
-    sizes |= {"font.size": 13, "axes.titlesize": 14, "axes.labelsize": 13}
-    sizes |= dict.fromkeys(["xtick.labelsize", "ytick.labelsize"], 12)
-    sizes |= {"legend.fontsize": 12, "legend.frameon": False, "axes.linewidth": 0.8}
-    look = dict.fromkeys(inked.split(), INK) | dict.fromkeys(clear.split(), "none")
+    inked = ["text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"]
+    inked += ["xtick.color", "ytick.color", "legend.labelcolor"]
+    clear = ["figure.facecolor", "axes.facecolor", "savefig.facecolor"]
+    small = ["xtick.labelsize", "ytick.labelsize", "legend.fontsize"]
+    look = dict.fromkeys(inked, INK) | dict.fromkeys(clear, "none")
+    look |= {"font.size": 13, "axes.titlesize": 14} | dict.fromkeys(small, 12)
+    look |= {"figure.figsize": (6.1, 3.2), "figure.dpi": 110, "legend.frameon": False}
     look["axes.prop_cycle"] = cycler(color=[ROLES[role] for role in CYCLE])
-    look |= {"axes.spines.top": False, "axes.spines.right": False}
-    pyplot.rcParams.update(sizes | look)
+    look |= dict.fromkeys(["axes.spines.top", "axes.spines.right"], False)
+    pyplot.rcParams.update(look)
 
 
 def plot_style_value(style: str) -> str:
@@ -399,14 +398,16 @@ def plot_style_value(style: str) -> str:
     A role's colour becomes its variable, every grey the ink, white nothing.
     """
     style = re.sub(r"font-family:[^;]*;?|\s", "", style.lower())
-    style = style.replace("#ffffff", "none")
     for role, value in ROLES.items():
         style = style.replace(value, colour(role))
-    style = re.sub(r"#([0-9a-f]{2})\1\1", colour("ink"), style)
     style = re.sub(
-        r"(?<=opacity:)[\d.]+", lambda found: f"{float(found[0]):.2g}", style
+        r"#([0-9a-f]{2})\1\1", colour("ink"), style.replace("#ffffff", "none")
     )
-    return re.sub(r"\d+\.\d{2,}(?=[,;p]|$)", lambda found: px(found[0]), style)
+    style = re.sub(r"opacity:[\d.]+", lambda m: f"opacity:{float(m[0][8:]):.2g}", style)
+    style = re.sub(
+        r"size:[\d.]+", lambda m: f"size:{max(12, float(m[0][5:])):g}", style
+    )
+    return re.sub(r"(width|array|offset):[\d.,]+", lambda m: plot_place(m[0]), style)
 
 
 def plot_place(place: str) -> str:
@@ -419,17 +420,14 @@ def plot_place(place: str) -> str:
 def plot_element(element, names: dict[str, str]) -> str:
     """One element of matplotlib's SVG, with all that is inside it, as short markup.
 
-    names: what the elements that others refer to are called in the page; the other
-    names, the style sheet (it would hold for the whole page) and groups that say
-    nothing are dropped.
+    names: what the elements that others refer to are called in the page. Other names,
+    the style sheet (it would hold for the whole page) and empty groups are dropped.
     """
     tag = element.tag.split("}")[1]
     style = element.get("style", "")
     if tag in ("metadata", "style") or (tag == "path" and style == "fill: none"):
         return ""
-    inside = (
-        escape((element.text or "").strip("\n")) if tag in ("text", "tspan") else ""
-    )
+    inside = escape((element.text or "").strip()) if tag[0] == "t" else ""
     inside += "".join(plot_element(child, names) for child in element)
     attributes = ""
     for key, value in element.attrib.items():
@@ -452,14 +450,14 @@ MOST = 40_000  # bytes of a plot; a larger one becomes a bitmap
 
 
 class Bitmap(Sheet):
-    """A plot that is too large as a drawing: a PNG, in the same frame."""
+    """A plot that is too large as a drawing: a PNG in an <img>."""
 
     def svg(self) -> str:
-        """An <img>, although its name promises more."""
+        """The <img>, with the measures of a drawing."""
         look = f"max-width:100%;min-width:{0.8 * self.width:.0f}px;height:auto"
-        data = b64encode(self.parts[0]).decode()
         size = f'width="{px(self.width)}" alt="{escape(self.alt)}" style="{look}"'
-        return f'<img {size} src="data:image/png;base64,{data}">'
+        data = f"data:image/png;base64,{b64encode(self.parts[0]).decode()}"
+        return f'<img {size} src="{data}">'
 
 
 def plot(alt: str, figure=None) -> Sheet:
@@ -467,30 +465,31 @@ def plot(alt: str, figure=None) -> Sheet:
 
     Its text stays text, in the page's font; greys are the page's ink, and the colours
     of ROLES are those of the pictures. An inch is 72 pixels. The figure is closed.
-    What would be larger than 40 KB as SVG, thousands of points or an image, becomes
-    a bitmap, whose grey has a contrast of 4 on any ground. Raises PictureError
-    without alt.
+    What holds an image, or would be larger than 40 KB as SVG, becomes a bitmap; its
+    grey has a contrast of 4 on any ground. Raises PictureError without alt.
     """
     from matplotlib import pyplot, rc_context  # here: the library needs no matplotlib
 
     figure = figure or pyplot.gcf()
     sheet = Sheet(*(72 * figure.get_size_inches()), alt)
+    columns = len({round(axes.get_position().x0, 2) for axes in figure.axes})
+    for axes in figure.axes:
+        lines = axes.get_title().splitlines()
+        axes.set_title("\n".join(fill(line, 60 // columns) for line in lines))
     if figure.get_layout_engine() is None:
         figure.set_layout_engine("constrained")
-    file, nothing = BytesIO(), dict.fromkeys(["Date", "Creator", "Format", "Type"])
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "plot", "path.simplify": False}
-    with rc_context(settings):
-        figure.savefig(file, format="svg", metadata=nothing)
+    file, settings = BytesIO(), {"svg.fonttype": "none", "svg.hashsalt": "plot"}
+    with rc_context(settings | {"path.simplify": False}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
     used = set(re.findall(rb"#(\w+)[)\"]", file.getvalue()))
     ids = [element.get("id", "") for element in root.iter()]
     ids = [name for name in ids if name.encode() in used]
-    parts = repr((alt, len(ids), [element.tag for element in root.iter()]))
-    name = "p" + sha256(parts.encode()).hexdigest()[:8]
-    names = {old: f"{name}-{i}" for i, old in enumerate(ids)}
+    parts = repr((alt, [element.tag for element in root.iter()])).encode()
+    names = {one: f"p{sha256(parts).hexdigest()[:8]}-{i}" for i, one in enumerate(ids)}
     inside = "".join(plot_element(child, names) for child in root)
     sheet.add(f'<g fill="{colour("ink")}" stroke-linejoin="round">{inside}</g>')
-    if len(sheet.svg().encode()) > MOST:
+    if "<image" in inside or len(sheet.svg().encode()) > MOST:
         picture, sheet = BytesIO(), Bitmap(sheet.width, sheet.height, alt)
         figure.savefig(picture, format="png", dpi=144, metadata={"Software": None})
         sheet.add(picture.getvalue())
