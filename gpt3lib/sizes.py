@@ -1,4 +1,4 @@
-"""Eight sizes of GPT-3 and five smaller ones, counted by name, and where the 175 billion numbers live."""
+"""Eight sizes of GPT-3 and five smaller ones, counted, and where the 175 billion live."""
 
 # Made from book/07_sizes.ipynb by tools/export.py; edit the chapter, not this file.
 from gpt3lib.model import SIZES
@@ -15,10 +15,12 @@ TABLE_2_1 = {
     "gpt3-175b": (96, 12288, 96, 128),
 }
 
-# two rows contradict themselves (heads · head width is not the width); Table D.1 settles both
+
+# two rows contradict themselves; Table D.1 settles both
 ERRATA = {"gpt3-1.3b": (24, 2048, 16, 128), "gpt3-13b": (40, 5120, 40, 128)}
 
-# our own extra-small models, named by the parameters of their layers, as [B20] Fig. 3.1 counts
+
+# named by the parameters of their layers, as [B20] Fig. 3.1 counts
 EXTRA_SMALL = {
     "gpt3-100k": (2, 64, 4, 16),
     "gpt3-300k": (4, 80, 5, 16),
@@ -37,6 +39,6 @@ def fields(
 
 
 SIZES.update(
-    {name: fields(50257, 2048, shape) for name, shape in (TABLE_2_1 | ERRATA).items()}
+    {name: fields(50257, 2048, row) for name, row in (TABLE_2_1 | ERRATA).items()}
 )
-SIZES.update({name: fields(4353, 256, shape) for name, shape in EXTRA_SMALL.items()})
+SIZES.update({name: fields(4353, 256, row) for name, row in EXTRA_SMALL.items()})
