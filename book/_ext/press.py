@@ -91,17 +91,20 @@ class Boxes(SphinxTransform):
     def apply(self):
         """Go through the quotations."""
         for quote in list(self.document.findall(nodes.block_quote)):
-            first = quote.children[0]
-            strong = first.children[0] if isinstance(first, nodes.paragraph) else None
-            if isinstance(strong, nodes.strong) and strong.astext().endswith("."):
-                first.remove(strong)
+            first = quote[0]
+            words = [
+                node for node in first if node.astext()
+            ]  # the parser leaves empty texts
+            strong = words[0] if isinstance(words[0], nodes.strong) else None
+            if strong and strong.astext().endswith("."):
                 title = nodes.title("", "", *strong.children)
                 title[-1] = nodes.Text(title[-1].astext().removesuffix("."))
-                if isinstance(first[0] if first.children else None, nodes.Text):
-                    first[0] = nodes.Text(first[0].lstrip())
-                body = quote.children if first.astext() else quote.children[1:]
-                quote.replace_self(nodes.admonition("", title, *body, classes=["note"]))
-            elif isinstance(strong, nodes.strong) or first.astext().startswith("**"):
+                if isinstance(words[1] if words[1:] else None, nodes.Text):
+                    words[1] = nodes.Text(words[1].lstrip())
+                text = [nodes.paragraph("", "", *words[1:])] if words[1:] else []
+                box = nodes.admonition("", title, *text, *quote[1:], classes=["note"])
+                quote.replace_self(box)
+            elif strong or first.astext().startswith("**"):
                 message = "a box begins with a title: > **Title.** Text"
                 log.warning(message, location=quote)
 

@@ -49,7 +49,7 @@ def package_table(source: str) -> str:
     rows = [
         (alias.name, node.module.removeprefix("gpt3lib."))
         for node in ast.parse(source).body
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, ast.ImportFrom) and node.module != "gpt3lib"
         for alias in node.names
     ]
     lines = [f"| `gpt3lib.{name}` | [{home}](#gpt3lib{home}) |" for name, home in rows]
