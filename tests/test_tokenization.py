@@ -1,6 +1,7 @@
 """The tokenizer against tiktoken, Hugging Face's tokenizers and brute force."""
 
 import json
+import os
 from collections import Counter
 
 import numpy
@@ -15,13 +16,18 @@ from tokenizers import pre_tokenizers
 from gpt3lib import tokenization
 from gpt3lib.texts import DATA, DataError, manifest
 from gpt3lib.tokenization import (
+    BPE,
     BYTE_TO_ID,
     GPT2_PATTERN,
     TokenError,
     Tokenizer,
     gpt2_file,
     merge,
+    parse_merges,
+    printable,
     printable_bytes,
+    read_merges,
+    spell,
     split,
     to_utf8,
     train_bpe,
@@ -29,6 +35,7 @@ from gpt3lib.tokenization import (
 
 OURS = Tokenizer.load(DATA / "tokenizer-4353.bpe")
 GPT2 = Tokenizer.gpt2()
+SLOW = BPE(list(OURS.merges))
 
 TEXTS = [
     "A robot must obey the orders given it by human beings.",
@@ -107,6 +114,7 @@ def test_the_alphabet_is_gpt2s():
     assert all(show.isprintable() and not show.isspace() for show in printable_bytes().values())
     encoder = json.loads(gpt2_file("encoder.json"))
     assert all(encoder[show] == BYTE_TO_ID[byte] for byte, show in printable_bytes().items())
+    assert encoder[printable(b" robot")] == 9379 and printable(bytes(BYTE_TO_ID)) == "".join(printable_bytes().values())
 
 
 def compare_chunks(text: str) -> None:
@@ -139,6 +147,15 @@ def test_the_classes_of_the_pattern_are_tiktokens():
         mine = set(tokenization.regex.findall(kind, everything))
         assert theirs <= mine  # ours may know younger letters
         assert kind != r"\s" or theirs == mine
+
+
+@given(ANY | MIXED)
+@settings(max_examples=100, deadline=None)
+def test_the_pattern_needs_no_possessive_plus(text):
+    possessive = GPT2_PATTERN.replace("}+|", "}++|").replace("]+|", "]++|")  # as OpenAI writes it
+    assert possessive.count("++") == 3
+    mended = to_utf8(text).decode()
+    assert tokenization.regex.findall(possessive, mended) == split(text)
 
 
 @given(st.text(st.characters()))
@@ -198,6 +215,11 @@ def test_merge():
     assert merge([], (1, 2), 9) == []
 
 
+def test_spell():
+    assert spell([(97, 98), (256, 99)])[255:] == [b"\xff", b"ab", b"abc"]
+    assert spell([], BYTE_TO_ID)[:2] == [b"!", b'"'] and set(spell([], BYTE_TO_ID)) == set(spell([]))
+
+
 # encoding and decoding
 
 
@@ -228,10 +250,19 @@ def test_three_tokenizers_agree_on_anything(text):
     compare(text)
 
 
-@given(st.text(st.characters()))
+@given(st.text(st.characters()) | MIXED)
 @settings(max_examples=100, deadline=None)
-def test_round_trip_of_any_string(text):
-    assert OURS.decode(OURS.encode(text)) == to_utf8(text).decode()
+def test_round_trip_of_any_string_and_the_slow_twin(text):
+    ids = OURS.encode(text)
+    assert OURS.decode(ids) == SLOW.decode(ids) == to_utf8(text).decode()
+    assert ids == SLOW.encode(text)
+
+
+def test_the_slow_twin_is_the_same_but_for_files_and_memory():
+    assert (SLOW.vocabulary, SLOW.merges, SLOW.end_of_text) == (OURS.vocabulary, OURS.merges, 4352)
+    with pytest.raises(TokenError, match="4353 is not in the vocabulary"):
+        SLOW.decode([4353])
+    assert SLOW.to_tiktoken("slow").encode_ordinary(TEXTS[0]) == SLOW.encode(TEXTS[0])
 
 
 @given(st.lists(st.integers(0, 4352)))
@@ -310,12 +341,16 @@ def test_the_cache_is_bounded_and_changes_nothing(monkeypatch):
     monkeypatch.setattr(tokenization, "CACHED_CHUNKS", 99)
     tokenizer.encode(text)
     assert 3 < len(tokenizer.cache) < 99 and all(len(chunk) < 100 for chunk in tokenizer.cache)
+    assert tokenizer.cache[b" two"] == OURS.encode(" two")
 
 
 def test_what_encode_returns_belongs_to_the_caller():
     ids = OURS.encode("obey")
     ids.append(0)
     assert OURS.encode("obey") == ids[:-1]
+    chunk_ids = OURS.encode_chunk(b"obey")
+    chunk_ids.append(0)
+    assert OURS.encode_chunk(b"obey") == chunk_ids[:-1]
 
 
 # files
@@ -327,6 +362,19 @@ def test_the_shipped_vocabulary_survives_a_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["merges.txt"]
     GPT2.save(str(tmp_path / "vocab.bpe"))
     assert (tmp_path / "vocab.bpe").read_bytes() == gpt2_file("vocab.bpe")
+
+
+def test_a_save_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "merges.txt"
+    OURS.save(path)
+
+    def die(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(OSError, match="killed"):
+        Tokenizer([(0, 1)]).save(path)
+    assert Tokenizer.load(path).merges == OURS.merges
 
 
 @given(SMALL)
@@ -360,6 +408,12 @@ def test_a_broken_merges_file_is_refused_with_its_line(tmp_path, text, message):
     assert "broken.bpe" in str(caught.value)
 
 
+def test_what_is_checked_is_what_is_parsed():
+    text = (DATA / "tokenizer-4353.bpe").read_text(encoding="utf-8")
+    assert read_merges(text, "x") == parse_merges(text.split("\n")[1:-1]) == list(OURS.merges)
+    assert parse_merges(["t h", "th e"]) == [(83, 71), (256, 68)]
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="no merges file that can be read"):
         Tokenizer.load(tmp_path / "nothing")
@@ -385,5 +439,6 @@ def test_gpt2s_files_must_be_openais(monkeypatch):
 
 def test_tiktoken_gets_the_same_pattern_and_the_special_token():
     encoding = OURS.to_tiktoken("mine")
+    assert isinstance(encoding, tiktoken.Encoding)
     assert (encoding.name, encoding.n_vocab, encoding.eot_token) == ("mine", 4353, 4352)
     assert encoding._pat_str == GPT2_PATTERN
