@@ -13,7 +13,7 @@ SITE_SOURCES := _config.yml _toc.yml pyproject.toml $(wildcard book/*.ipynb book
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help book test lab export execute check race clean
+.PHONY: help book test lab export execute form check race clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make lab       open the chapters in JupyterLab"
 	@echo "make export    write gpt3lib/ from the chapters' exported cells"
 	@echo "make execute   run the chapters and store their outputs; CHAPTERS=\"04_attention\" runs some"
+	@echo "make form      measure every chapter: words, lines, widths, cells; say which limit is broken"
 	@echo "make check     style, gpt3lib in step with the chapters, form of the notebooks: seconds"
 	@echo "make race      gpt3lib beside transformers and plain PyTorch: speed and memory; PARTS=\"step decode\" runs some"
 	@echo "make clean     remove the environment and everything that was built"
@@ -61,6 +62,10 @@ execute: $(READY)
 	@echo "==> execute: running the chapters and storing their outputs"
 	@$(BIN)/python tools/execute.py $(CHAPTERS)
 
+form: $(READY)
+	@echo "==> form: every chapter measured"
+	@$(BIN)/python tools/form.py $(CHAPTERS)
+
 check: $(READY)
 	@echo "==> style"
 	@$(BIN)/ruff check --quiet gpt3lib tools benchmarks tests book conftest.py
@@ -68,7 +73,7 @@ check: $(READY)
 	@echo "==> gpt3lib in step with the chapters"
 	@$(BIN)/python tools/export.py --check
 	@echo "==> form of the notebooks"
-	@$(BIN)/python -m pytest -q tests/test_book.py
+	@$(BIN)/python -m pytest -q tests/test_book.py tests/test_book_form.py
 
 # every core, unlike the tests: that is how a model is used
 race: $(READY)

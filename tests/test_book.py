@@ -1,9 +1,8 @@
-"""The form of the book: every chapter keeps the rules, every rule finds a chapter that breaks it."""
+"""The book's machinery: modules in step with chapters, stored outputs, environment, repository."""
 
 import base64
 import copy
 import io
-import json
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import nbformat
 import pytest
 import yaml
 from nbclient.exceptions import CellExecutionError
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -28,13 +27,7 @@ import form
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 ORDER = execute.chapters()
-NUMBERED = [name for name in ORDER if name[0].isdigit()]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-every_notebook = pytest.mark.parametrize("name", ORDER)
-
-
-def notebook(name):
-    return form.read(BOOK / f"{name}.ipynb")
 
 
 def png(image):
@@ -44,40 +37,7 @@ def png(image):
     return base64.b64encode(raw.getvalue()).decode()
 
 
-# --- every chapter keeps the rules ---
-
-
-@every_notebook
-@pytest.mark.parametrize(
-    "rule", [form.uncounted, form.not_normal, form.stored_errors, form.warned, form.uncompared, form.without_words]
-)
-def test_a_notebook_has_the_form_of_the_book(name, rule):
-    assert rule(notebook(name)) == []
-
-
-@pytest.mark.parametrize("name", ORDER[:-1])  # not the front page: it has three cells
-def test_code_cells_are_short(name):
-    assert form.long_cells(notebook(name)) == []
-
-
-@every_notebook
-def test_a_notebook_is_small(name):
-    assert (BOOK / f"{name}.ipynb").stat().st_size <= 300_000
-
-
-@pytest.mark.parametrize("name", NUMBERED)
-def test_exercises_have_executed_solutions(name):
-    assert form.unsolved(notebook(name)) == []
-
-
-@pytest.mark.parametrize("name", ORDER[:-1])  # not the front page: it may use everything
-def test_a_chapter_imports_earlier_chapters_only(name):
-    assert form.forward_imports(notebook(name), name, ORDER) == []
-
-
-def test_labels_of_exercises_are_unique():
-    labels = [label for name in ORDER for label in form.exercise_labels(notebook(name))]
-    assert len(labels) == len(set(labels))
+# --- the table of contents ---
 
 
 def test_every_notebook_is_in_the_table_of_contents():
@@ -88,24 +48,11 @@ def test_every_notebook_is_in_the_table_of_contents():
     assert all(any((ROOT / f"{file}{end}").exists() for end in (".ipynb", ".md")) for file in listed)
 
 
-def test_the_book_runs_in_six_minutes():
-    times = json.loads((BOOK / "run_times.json").read_text())
-    assert set(times) == set(ORDER)
-    assert max(times.values()) <= 90
-    assert sum(times.values()) <= 360
-
-
 # --- the package is what the chapters make ---
 
 
 def test_every_module_is_as_its_chapter_has_it():
     assert export.stale_modules(export.all_modules()) == []
-
-
-def test_modules_are_small():
-    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "gpt3lib").glob("*.py")}
-    assert max(lines.values()) < 400, lines
-    assert sum(lines.values()) < 3000, lines
 
 
 def test_a_module_edited_by_hand_is_found(tmp_path):
@@ -170,156 +117,13 @@ def test_a_name_that_two_chapters_export_is_refused(tmp_path):
         export.all_modules(tmp_path)
 
 
-# --- every rule finds a notebook that breaks it ---
-
-
-def exercise(number, code="1 + 1", count=1):
-    label = f"ex-t-{number}"
-    return [
-        new_markdown_cell(f"```{{exercise}} Title\n:label: {label}\nDo.\n```"),
-        new_markdown_cell(f"```{{solution-start}} {label}\n:class: dropdown\n```"),
-        new_code_cell(code, execution_count=count),
-        new_markdown_cell("```{solution-end}\n```"),
-    ]
-
-
-def good():
-    """A notebook that breaks no rule."""
-    shown = new_output(
-        "execute_result", {"text/html": '<svg class="p" role="img" aria-label="a dot"></svg>'}, execution_count=2
-    )
-    drawn = new_output("display_data", {"image/png": png(Image.new("RGBA", (2, 2))), "text/plain": "<Figure>"})
-    cells = [
-        new_markdown_cell("# T\n\nBuilds a thing. ![a dot](dot.svg)"),
-        new_code_cell(
-            "from gpt3lib import pictures\n\npictures.tokens(['a'], alt='a')", execution_count=2, outputs=[shown]
-        ),
-        new_code_cell(
-            "plt.show()", execution_count=3, outputs=[drawn], metadata={"mystnb": {"image": {"alt": "a line"}}}
-        ),
-    ]
-    book = new_notebook(cells=sum((exercise(number) for number in range(5)), cells))
-    execute.normal_form(book)
-    book.cells[1].execution_count = 1
-    return book
-
-
-RULES = [
-    form.warned,
-    form.uncounted,
-    form.not_normal,
-    form.stored_errors,
-    form.uncompared,
-    form.without_words,
-    form.long_cells,
-    form.unsolved,
-]
-
-
-def failing(book):
-    return {rule.__name__ for rule in RULES if rule(book)}
-
-
-def test_a_good_notebook_breaks_no_rule():
-    assert failing(good()) == set()
-
-
-def change(action):
-    book = good()
-    action(book)
-    return book
-
-
-def first(book):  # the first code cell below the setup cell
-    return book.cells[2]
-
-
-def error(book):
-    first(book).outputs = [new_output("error", ename="ValueError", evalue="no", traceback=["no"])]
-
-
-def uncompare(book, source):
-    for cell in book.cells:
-        if cell.cell_type == "code" and cell.outputs:
-            cell.source = source
-
-
-@pytest.mark.parametrize(
-    "rule, action",
-    [
-        ("uncounted", lambda book: first(book).update(execution_count=None)),
-        ("uncounted", lambda book: book.cells[1].update(execution_count=None)),
-        ("not_normal", lambda book: first(book).metadata.update(execution={"started": "now"})),
-        ("not_normal", lambda book: first(book).update(id="a1b2")),
-        ("not_normal", lambda book: book.metadata.update(widgets={})),
-        ("not_normal", lambda book: book.metadata.language_info.update(version="3.11.2")),
-        ("not_normal", lambda book: book.cells.pop(1)),
-        ("not_normal", lambda book: book.cells[1].update(source="%pip install gpt3lib")),
-        ("stored_errors", error),
-        ("warned", lambda book: first(book).update(outputs=[new_output("stream", name="stderr", text="Warning")])),
-        ("uncompared", lambda book: first(book).metadata.update(tags=["nbval-ignore-output"])),
-        ("uncompared", lambda book: uncompare(book, "# NBVAL_IGNORE_OUTPUT\nf()")),
-        ("uncompared", lambda book: uncompare(book, "# NBVAL_SKIP\nf()  # times differ")),
-        ("without_words", lambda book: book.cells[3].metadata.pop("mystnb")),
-        ("without_words", lambda book: book.cells[3].metadata.mystnb.image.update(alt=" ")),
-        (
-            "without_words",
-            lambda book: first(book).outputs[0].data.update({"text/html": '<svg role="img" aria-label="">'}),
-        ),
-        ("without_words", lambda book: first(book).outputs[0].data.update({"text/html": '<svg aria-label="a dot">'})),
-        ("without_words", lambda book: first(book).outputs[0].data.update({"text/html": '<img src="a.png">'})),
-        ("without_words", lambda book: book.cells[0].update(source="# T\n\n![](dot.svg)")),
-        (
-            "long_cells",
-            lambda book: [cell.update(source="f()\n" * 7) for cell in book.cells[2:] if cell.cell_type == "code"],
-        ),
-        ("long_cells", lambda book: first(book).update(source="f()\n" * 21)),
-        ("unsolved", lambda book: book.cells.__delitem__(slice(-4, None))),
-        ("unsolved", lambda book: book.cells[-2].update(source="")),
-        ("unsolved", lambda book: book.cells[-2].update(execution_count=None)),
-        ("unsolved", lambda book: book.cells[-3].update(source="```{solution-start} ex-other\n```")),
-    ],
-)
-def test_a_rule_finds_what_breaks_it(rule, action):
-    assert rule in failing(change(action))
-
-
-def test_an_announced_error_is_allowed():
-    book = change(error)
-    first(book).metadata["tags"] = ["raises-exception"]
-    assert form.stored_errors(book) == []
-
-
-@pytest.mark.parametrize(
-    "source, late",
-    [
-        ("from gpt3lib.embeddings import Embedding", False),
-        ("from gpt3lib import pictures, texts\nfrom gpt3lib.pictures import tokens", False),
-        ("from gpt3lib import Tokenizer", False),
-        ("import gpt3lib\ngpt3lib.Tokenizer", False),
-        ("from gpt3lib.attention import Attention", True),
-        ("from gpt3lib import GPT", True),
-        ("import gpt3lib\ngpt3lib.GPT", True),
-        ("import gpt3lib.generation as g", True),
-        ("if True:\n    %time from gpt3lib import GPT", False),  # inside a magic: not seen, not an error
-        ("def f():\n    from gpt3lib import model", True),
-    ],
-)
-def test_an_import_of_a_later_chapter_is_found(source, late):
-    order = ["02_tokenization", "03_embeddings", "04_attention", "06_decoder", "08_generation"]
-    assert bool(form.forward_imports(new_notebook(cells=[new_code_cell(source)]), "04_attention", order)) == late
-
-
-def test_the_modules_of_appendices_import_no_chapter():
-    book = new_notebook(cells=[new_code_cell("from gpt3lib.attention import f", metadata={"tags": ["export"]})])
-    assert form.forward_imports(book, "a_pictures", ["04_attention", "a_pictures"])
-
-
 # --- running and storing ---
 
 
 def test_normal_form_is_reached_in_one_step():
-    once = good()
+    once = chapter("from gpt3lib import GPT")
+    once.cells[0].metadata["execution"] = {"started": "now"}
+    execute.normal_form(once)
     twice = copy.deepcopy(once)
     execute.normal_form(twice)
     assert once == twice
