@@ -145,8 +145,10 @@ def test_text_rules_hold_in_pictures():
 
 
 def test_a_difference_is_named():
-    assert compare.difference("a 0.5\nb 0.25, c", "a 0.5\nb 0.27, c") == "line 2: stored '0.25, c', fresh '0.27, c'"
+    assert compare.difference("a 0.5\nb 0.25, c", "a 0.5\nb 0.27, c") == "line 2: stored ' 0.25, c', fresh ' 0.27, c'"
     assert compare.difference("a\n0.5\nabc", "a\n0.5\nabd") == "line 3: stored '\\nabc', fresh '\\nabd'"
+    assert compare.difference("a 0.5  0.6 b", "a 0.5  0.6 c") == "line 1: stored 'b', fresh 'c'"
+    assert compare.difference("a 0.5  0.6 b", "a 0.8  0.6 b") == "line 1: stored ' 0.5 0.6 b', fresh ' 0.8 0.6 b'"
     assert compare.difference("0.5", "0.5 0.5") == "line 1: stored '', fresh '0.5'"
 
 

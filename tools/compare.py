@@ -26,8 +26,8 @@ DRAWING = re.compile(
     r"""(<style.*?</style>|(?<![\w:-])(?!aria-|alt=|title=|class=|id=|src=|href=|xlink:)[\w:-]+="[^"]*")""", re.DOTALL
 )
 # a decimal that is no part of a name: no letter, digit, point or hyphen joins it to a word
-IN_TEXT = re.compile(r" ?((?<![\w.])(?<!\w[-+])[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE][-+]))(?:[eE][-+]\d+)?(?!\w|[.-]\w)) ?")
-IN_DRAWING = re.compile(r" ?([-+]?(?:\d+\.?\d*|\.\d+)) ?")
+IN_TEXT = re.compile(r"( ?(?<![\w.])(?<!\w[-+])[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE][-+]))(?:[eE][-+]\d+)?(?!\w|[.-]\w) ?)")
+IN_DRAWING = re.compile(r"( ?[-+]?(?:\d+\.?\d*|\.\d+) ?)")
 SHOWS_DIGIT = re.compile(r"\.\d|[eE]")
 
 
@@ -42,7 +42,7 @@ def numbers_agree(one: str, other: str) -> bool:
 
 
 def pieces(text: str, markup: bool) -> list[str]:
-    """The text cut at its numbers: even places hold what must be the same, odd places the numbers."""
+    """The text cut at its numbers: odd places hold them with blanks beside, even places what must not differ."""
     text = re.sub(r"[ \t]+", " ", text)
     found = [""]
     for place, part in enumerate(DRAWING.split(text) if markup else [text]):
@@ -57,7 +57,7 @@ def difference(stored: str, fresh: str, markup: bool = False) -> str:
     before, now = pieces(stored, markup), pieces(fresh, markup)
     for place, (old, new) in enumerate(zip_longest(before, now, fillvalue="")):
         if old != new and not (place % 2 and old and new and numbers_agree(old, new)):
-            old, new = ("".join(side[place : place + 3]) for side in (before, now))
+            old, new = ("".join(side[place : place + 20]) for side in (before, now))
             same = len(os.path.commonprefix([old, new]))
             line = 1 + ("".join(before[:place]) + old[:same]).count("\n")
             start = max(0, same - 20)
