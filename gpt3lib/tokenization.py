@@ -147,10 +147,8 @@ class BPE:
 
     def __init__(self, merges: list[tuple[int, int]]):
         self.merges = {pair: 256 + i for i, pair in enumerate(merges)}  # pair -> id
-        self.vocabulary = [
-            *spell(merges, BYTE_TO_ID),
-            END_OF_TEXT.encode(),
-        ]  # id -> bytes
+        self.vocabulary = spell(merges, BYTE_TO_ID)  # id -> bytes
+        self.vocabulary.append(END_OF_TEXT.encode())
         self.end_of_text = len(self.vocabulary) - 1
 
     @property
@@ -160,12 +158,9 @@ class BPE:
 
     def encode_chunk(self, chunk: bytes) -> list[int]:
         """Merge the bytes of a chunk, the earliest-learned pair first, to the end."""
-        ids = [BYTE_TO_ID[byte] for byte in chunk]
+        ids, unknown = [BYTE_TO_ID[byte] for byte in chunk], self.end_of_text
         while len(ids) > 1:
-            pair = min(
-                zip(ids, ids[1:]),
-                key=lambda pair: self.merges.get(pair, self.end_of_text),
-            )
+            pair = min(zip(ids, ids[1:]), key=lambda p: self.merges.get(p, unknown))
             if pair not in self.merges:
                 break
             ids = merge(ids, pair, self.merges[pair])

@@ -18,6 +18,7 @@ from gpt3lib.texts import DATA, DataError, manifest
 from gpt3lib.tokenization import (
     BPE,
     BYTE_TO_ID,
+    END_OF_TEXT,
     GPT2_PATTERN,
     TokenError,
     Tokenizer,
@@ -439,6 +440,6 @@ def test_gpt2s_files_must_be_openais(monkeypatch):
 
 def test_tiktoken_gets_the_same_pattern_and_the_special_token():
     encoding = OURS.to_tiktoken("mine")
-    assert isinstance(encoding, tiktoken.Encoding)
+    assert isinstance(encoding, tiktoken.Encoding) and END_OF_TEXT.encode() not in encoding._mergeable_ranks
     assert (encoding.name, encoding.n_vocab, encoding.eot_token) == ("mine", 4353, 4352)
     assert encoding._pat_str == GPT2_PATTERN
