@@ -412,9 +412,9 @@ def plot_style_value(style: str) -> str:
 
 def plot_place(place: str) -> str:
     """Coordinates of matplotlib's SVG with one decimal, in few characters."""
-    place = re.sub(r"rotate\(-0 [^)]*\)|\n", "", place)
+    place = re.sub(r"rotate\(-0 [^)]*\)", "", place)
     place = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda found: px(found[0]), place)
-    return re.sub(r" ?([A-Za-z]) (?=[-\d])", r"\1", place.strip())
+    return re.sub(r"\s*([A-Za-z])\s+(?=[-\d])", r"\1", place.strip())
 
 
 def plot_element(element, names: dict[str, str]) -> str:

@@ -249,11 +249,12 @@ class Map(Sheet):
         yield
         self.add("</a>")
 
-    def box(self, x, y, w, words, h=26, dash=""):
+    def box(self, x, y, w, words, h=26, dash="", upwards=False):
         """A box of the part, with its word."""
         fill, line = (0.25, 2.5) if self.bright else (0.06, 1)
         self.rect(x, y, w, h, self.role, fill, line, dash=dash)
-        self.word(x + w / 2, y + h / 2 + 5, words)
+        down, right = (0, 5) if upwards else (5, 0)  # from the middle to the baseline
+        self.word(x + w / 2 + right, y + h / 2 + down, words, upwards=upwards)
 
     def word(self, x, y, words, anchor="middle", upwards=False):
         """A word of the part, bold when it is lit."""
@@ -298,7 +299,7 @@ def draw_training(sheet: Map) -> None:
     sheet.box(222, 240, 60, "loss")
     sheet.way((252, 278), (252, 266))
     sheet.box(222, 278, 60, "label")
-    sheet.way((282, 253), (397, 253), (397, 176))
+    sheet.way((282, 253), (393, 253), (393, 176))
     sheet.word(340, 247, "update")
 
 
@@ -349,15 +350,14 @@ def whole_model(lit: str | None = None, alt: str | None = None) -> Map:
     with sheet.part("generation"):
         draw_generation(sheet)
     with sheet.part("cache"):
-        sheet.box(362, 96, 70, "cache")
-        sheet.way((362, 109), (338, 109))
-        sheet.word(397, 139, "keys, values")
+        sheet.box(358, 96, 70, "cache")
+        sheet.way((358, 109), (338, 109))
+        sheet.word(393, 139, "keys, values")
     with sheet.part("decoding"):
-        sheet.box(6, 112, 32, "", h=86)
-        sheet.word(27, 155, "many texts", upwards=True)
+        sheet.box(6, 112, 32, "many texts", h=86, upwards=True)
     with sheet.part("training"):
         draw_training(sheet)
     with sheet.part("weights"):
-        sheet.box(362, 150, 70, "weights")
-        sheet.way((362, 163), (346, 163))
+        sheet.box(358, 150, 70, "weights")
+        sheet.way((358, 163), (346, 163))
     return sheet
