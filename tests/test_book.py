@@ -78,7 +78,7 @@ def test_a_module_reads_as_if_written_by_hand():
         "from math import tau",
     ]
     assert export.source_of(chapter(*sources), "03_x.ipynb") == (
-        '"""Builds a thing."""\n\n# Made from book/03_x.ipynb by tools/export.py; edit the chapter, not this file.\n'
+        '"""Builds a thing."""\n\n# Made from book/03_x.ipynb by tools/export.py; edit the chapter.\n'
         "import math\nfrom math import tau\n\nimport torch\n\nSIZE = 3  # why\n\n\n"
         "def f(x):\n    return torch.sin(x) * math.pi\n"
     )

@@ -193,7 +193,7 @@ def test_a_link_in_a_drawing_to_no_chapter_is_an_error(tmp_path):
 
 MODULE = '''"""What it is for."""
 
-# Made from book/04_it.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/04_it.ipynb by tools/export.py; edit the chapter.
 from dataclasses import dataclass
 
 SIZE = 3

@@ -125,7 +125,7 @@ def source_of(notebook, name: str) -> str:
 
 def origin(chapter: str) -> str:
     """The line that tells a reader of a module where to edit it."""
-    return f"# Made from book/{chapter} by tools/export.py; edit the chapter, not this file.\n"
+    return f"# Made from book/{chapter} by tools/export.py; edit the chapter.\n"
 
 
 def package_source() -> str:
