@@ -1,7 +1,7 @@
 """Files that a kill cannot spoil: written beside, then renamed; hashes; folders of
 tensors."""
 
-# Made from book/d_files.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/d_files.ipynb by tools/export.py; edit the chapter.
 import hashlib
 import json
 import os
@@ -81,7 +81,7 @@ def shards(tensors: dict, shard_bytes: int) -> list[dict]:
 
 
 def write_shards(
-    folder: Path, tensors: dict, header: dict[str, str], config: str, shard_bytes: int
+    folder: Path, tensors: dict, header: dict, config: str, shard_bytes: int
 ) -> None:
     """Write shards named by their hashes, then the index that makes them the model.
 
@@ -90,17 +90,14 @@ def write_shards(
     groups, places = shards(tensors, shard_bytes), {}
     folder.mkdir(parents=True, exist_ok=True)
     for i, group in enumerate(groups, start=1):
-        data = save(
-            {name: tensor.cpu() for name, tensor in group.items()}, {"format": "pt"}
-        )
+        data = save({name: t.cpu() for name, t in group.items()}, {"format": "pt"})
         file = f"model-{i:05}-of-{len(groups):05}-{sha256(data)[:16]}.safetensors"
         write_beside(folder / file, data)
         places |= dict.fromkeys(group, file)
     about = header | {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     index = json.dumps({"metadata": about, "weight_map": places}, indent=1)
     write_beside(folder / INDEX, index.encode())
-    # it would be read first; from here on the shards are the model
-    (folder / MODEL).unlink(missing_ok=True)
+    (folder / MODEL).unlink(missing_ok=True)  # it would be read first
     write_beside(folder / "config.json", config.encode())
     remove_shards(folder, keep=set(places.values()))
 
@@ -185,34 +182,26 @@ def read_tensors(found: dict) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Path:
-    """The folder of this name; else, for a text like "owner/name", the hub's model.
+def find_on_hub(name: str, check: Callable[[Path], object]) -> Path:
+    """The folder of a model of the hub, downloaded or from its cache. Raises WeightsError.
 
-    That is downloaded, or taken from the hub's cache. check(folder) may refuse it
-    when only config.json is there, before gigabytes come. Raises WeightsError.
+    check(folder) may refuse it when only config.json is there, before gigabytes come.
     """
-    folder, name = Path(path_or_name), str(path_or_name)
-    if folder.is_file():
-        raise WeightsError(f"{folder} is a file; give the folder that it lies in")
-    is_name = isinstance(path_or_name, str) and re.fullmatch(
-        r"\w[\w.-]*(/\w[\w.-]*)?", name
-    )
-    if folder.is_dir() or not is_name:
-        return folder
     try:
-        from huggingface_hub import (
-            snapshot_download,
-        )  # only here: reading folders needs no hub
+        from huggingface_hub import snapshot_download  # reading folders needs no hub
 
-        few = snapshot_download(name, allow_patterns=["config.json"], etag_timeout=10)
-        check(Path(few))
+        check(
+            Path(
+                snapshot_download(name, allow_patterns=["config.json"], etag_timeout=10)
+            )
+        )
         wanted = ["*.json", "*.safetensors"]
         found = Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=10))
     except WeightsError:
         raise
     except (
         Exception
-    ) as error:  # the hub's client raises a dozen kinds, others in each version
+    ) as error:  # its client raises a dozen kinds, others in each version
         kind, unknown = (
             type(error).__name__,
             ("RepositoryNotFoundError", "GatedRepoError"),
@@ -227,3 +216,17 @@ def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Pa
     if not any(found.glob("*.safetensors")):
         raise WeightsError(f"{name!r} on the hub {PICKLED.format('or nothing at all')}")
     return found
+
+
+def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Path:
+    """The folder of this name; else, for a text like "owner/name", the hub's model.
+
+    check: see find_on_hub. Raises WeightsError.
+    """
+    folder, name = Path(path_or_name), str(path_or_name)
+    if folder.is_file():
+        raise WeightsError(f"{folder} is a file; give the folder that it lies in")
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
+    if folder.is_dir() or isinstance(path_or_name, Path) or not is_name:
+        return folder
+    return find_on_hub(name, check)

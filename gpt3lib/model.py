@@ -1,6 +1,6 @@
 """The whole model: one layer, the stack of them, how its numbers begin, and the loss."""
 
-# Made from book/06_decoder.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/06_decoder.ipynb by tools/export.py; edit the chapter.
 import hashlib
 import math
 from collections.abc import Callable

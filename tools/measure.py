@@ -106,7 +106,8 @@ def has_its_picture_below(notebook, place: int) -> bool:
 
 def silent_cells(notebook) -> tuple[list[int], int]:
     """The places of the visible cells that neither define nor show anything, and how many cells define nothing."""
-    cells = [(place, cell) for place, cell in visible_cells(notebook, "solution") if not defines(cell.source)]
+    cells = visible_cells(notebook, "solution")
+    cells = [(place, cell) for place, cell in cells if not defines(cell.source) and "export" not in tags(cell)]
     silent = [place for place, cell in cells if not shown(cell) and not has_its_picture_below(notebook, place)]
     return silent, len(cells)
 
