@@ -183,7 +183,7 @@ def read_tensors(found: dict) -> dict[str, torch.Tensor]:
 
 
 def find_on_hub(name: str, check: Callable[[Path], object]) -> Path:
-    """The folder of a model of the hub, downloaded or from its cache. Raises WeightsError.
+    """The folder of a hub's model, downloaded or from its cache. Raises WeightsError.
 
     check(folder) may refuse it when only config.json is there, before gigabytes come.
     """
