@@ -1,7 +1,7 @@
 """The book's pen: inline SVG from its own tensors, one colour per role, moved by CSS
 alone."""
 
-# Made from book/a_pictures.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/a_pictures.ipynb by tools/export.py; edit the chapter.
 import re
 from base64 import b64encode
 from contextlib import contextmanager
@@ -388,7 +388,8 @@ def plot_style() -> None:
     look |= {"font.size": 13, "axes.titlesize": 14} | dict.fromkeys(small, 12)
     look |= {"figure.figsize": (6.1, 3.2), "figure.dpi": 110, "legend.frameon": False}
     look["axes.prop_cycle"] = cycler(color=[ROLES[role] for role in CYCLE])
-    look |= dict.fromkeys(["axes.spines.top", "axes.spines.right"], False)
+    off = ["axes.spines.top", "axes.spines.right", "path.simplify"]
+    look |= dict.fromkeys(off, False)  # a line keeps each of its points
     pyplot.rcParams.update(look)
 
 
@@ -479,7 +480,7 @@ def plot(alt: str, figure=None) -> Sheet:
     if figure.get_layout_engine() is None:
         figure.set_layout_engine("constrained")
     file, settings = BytesIO(), {"svg.fonttype": "none", "svg.hashsalt": "plot"}
-    with rc_context(settings | {"path.simplify": False}):
+    with rc_context(settings):
         figure.savefig(file, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
     used = set(re.findall(rb"#(\w+)[)\"]", file.getvalue()))

@@ -1,6 +1,6 @@
 """The book's pictures, drawn with its pen: a map of the model, the article's films."""
 
-# Made from book/b_scenes.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/b_scenes.ipynb by tools/export.py; edit the chapter.
 from contextlib import contextmanager
 
 from gpt3lib.pictures import (

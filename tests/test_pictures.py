@@ -549,6 +549,13 @@ def test_the_seventh_digit_does_not_change_a_plot(noise):
     assert names[0] == names[1] == names[2]
 
 
+def test_a_line_keeps_each_of_its_points():
+    with matplotlib.rc_context():
+        pictures.plot_style()
+        pyplot.plot(range(300))  # matplotlib would drop points by a rule that depends on the last digits
+        assert max(path.get("d").count("L") for path in parse(pictures.plot("x")).iter("path")) == 299
+
+
 def test_a_plot_that_is_too_large_becomes_a_bitmap():
     small, large = curve(), curve(n=3000)
     assert len(small.svg()) < 13_000
