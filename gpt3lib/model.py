@@ -46,7 +46,8 @@ def check_config(config: "GPTConfig") -> None:
             "the heads must share out the width exactly"
         )
     kinds = config.attention
-    if type(kinds) is not tuple or not kinds or not set(kinds) <= {"dense", "banded"}:
+    known = ("dense", "banded")
+    if type(kinds) is not tuple or not kinds or any(k not in known for k in kinds):
         raise ConfigError(
             f"attention is {kinds!r}; it must be a tuple of 'dense' and 'banded', "
             "one at least"
