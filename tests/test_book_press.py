@@ -179,10 +179,10 @@ def test_an_exercise_of_another_form_is_an_error(tmp_path, cells, message):
 
 
 def test_a_link_in_a_drawing_leads_to_the_page(tmp_path):
-    svg = '<svg><a class="part" href="04_it.ipynb"><text>it</text></a><a href="04_it.ipynb#top">t</a></svg>'
+    svg = '<svg><a class="part" xlink:href="04_it.ipynb"><text>it</text></a></svg><a href="04_it.ipynb#top">t</a>'
     page, warnings = press(tmp_path, drawing(svg))
     assert warnings == ""
-    assert '<a class="part" href="04_it.html">' in page and '<a href="04_it.html#top">' in page
+    assert '<a class="part" xlink:href="04_it.html">' in page and '<a href="04_it.html#top">' in page
 
 
 def test_a_link_in_a_drawing_to_no_chapter_is_an_error(tmp_path):

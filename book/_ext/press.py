@@ -142,7 +142,10 @@ class Exercises(SphinxTransform):
 
 
 class DrawnLinks(SphinxTransform):
-    """`<a href="04_attention.ipynb">` inside a drawing leads to the chapter's page."""
+    """`<a href="04_attention.ipynb">` inside a drawing leads to the chapter's page.
+
+    In an SVG it is `xlink:href`: JupyterLab replaces an SVG link's `href` by an error.
+    """
 
     default_priority = 430
 
