@@ -1,6 +1,6 @@
 """Eight sizes of GPT-3 and five smaller ones, counted, and where the 175 billion live."""
 
-# Made from book/07_sizes.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/07_sizes.ipynb by tools/export.py; edit the chapter.
 from gpt3lib.model import SIZES
 
 # name: (n_layers, d_model, n_heads, d_head) as printed in [B20] Table 2.1
