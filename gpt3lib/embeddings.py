@@ -1,6 +1,7 @@
-"""A word becomes a vector, and a vector a word: the token table, the position table, and the way back."""
+"""A word becomes a vector, and a vector a word: the token table, the position table,
+and the way back."""
 
-# Made from book/03_embeddings.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/03_embeddings.ipynb by tools/export.py; edit the chapter.
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,10 +13,47 @@ class ContextError(ValueError):
     """A text with more tokens than the model has tracks."""
 
 
+def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
+    """Raise TokenError unless `tokens` is (B, T) ids in 0 … vocab_size - 1, at least one.
+
+    Looking at numbers costs a copy from an accelerator, so tensors that live elsewhere
+    are left to the device's own check; so is the data-free "meta" device.
+    """
+    kind = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+    if kind not in (torch.int64, torch.int32):
+        raise TokenError(
+            f"token ids must be integers in a tensor (torch.int64), not {kind}"
+        )
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise TokenError(
+            "tokens must be (B, T) with at least one id, not "
+            f"{tuple(tokens.shape)}; for one text use tokens[None]"
+        )
+    if tokens.device.type != "cpu":
+        return
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise TokenError(
+            f"token id {wrong} is not in the vocabulary; "
+            f"ids go from 0 to {vocab_size - 1}"
+        )
+
+
+def check_length(n_tokens: int, n_ctx: int) -> None:
+    """Raise ContextError when more tokens than n_ctx want tracks."""
+    if n_tokens > n_ctx:
+        raise ContextError(
+            f"{n_tokens} tokens do not fit into a context of {n_ctx}; "
+            f"pass at most {n_ctx}"
+        )
+
+
 class Embeddings(nn.Module):
-    """Token and position embeddings; the token table is also the way out ([B20] §2.1, [R19]).
+    """Token and position embeddings; the token table is also the way out ([B20], [R19]).
 
     wte: (vocab_size, d_model), one row a token; wpe: (n_ctx, d_model), one row a track.
+    It checks nothing: check_tokens and check_length are for whoever calls it.
     """
 
     def __init__(self, vocab_size: int, n_ctx: int, d_model: int):
@@ -26,45 +64,14 @@ class Embeddings(nn.Module):
     def forward(
         self, tokens: torch.Tensor, tracks: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, T) ids -> (B, T, d_model). tracks: where each token sits; 0, 1, 2 … if not said."""
+        """(B, T) ids -> (B, T, d_model).
+
+        tracks: where each token sits, (T,) or (B, T); 0, 1, 2 … if not said.
+        """
         if tracks is None:
             tracks = torch.arange(tokens.shape[-1], device=tokens.device)  # (T,)
         return self.wte(tokens) + self.wpe(tracks)
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor:
-        """(..., d_model) -> logits (..., vocab_size): how well a vector fits each row of wte."""
+        """(..., d_model) -> logits (..., vocab_size): how well h fits each row of wte."""
         return F.linear(h, self.wte.weight)
-
-
-def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
-    """Raise TokenError unless `tokens` is (B, T) ids, each in 0 … vocab_size - 1, at least one.
-
-    Looking at numbers costs a copy from an accelerator, so tensors that live elsewhere are
-    left to the device's own check; so is the data-free "meta" device.
-    """
-    kind = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-    if kind not in (torch.int64, torch.int32):
-        raise TokenError(
-            f"token ids must be integers in a tensor (torch.int64), not {kind}"
-        )
-    if tokens.dim() != 2 or tokens.numel() == 0:
-        shape = tuple(tokens.shape)
-        raise TokenError(
-            f"tokens must be (B, T) with at least one id, not {shape}; for one text use tokens[None]"
-        )
-    if tokens.device.type != "cpu":
-        return
-    low, high = tokens.min().item(), tokens.max().item()
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise TokenError(
-            f"token id {wrong} is not in the vocabulary; ids go from 0 to {vocab_size - 1}"
-        )
-
-
-def check_length(n_tokens: int, n_ctx: int) -> None:
-    """Raise ContextError when more tokens than n_ctx want tracks."""
-    if n_tokens > n_ctx:
-        raise ContextError(
-            f"{n_tokens} tokens do not fit into a context of {n_ctx}; pass at most {n_ctx}"
-        )
