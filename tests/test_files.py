@@ -1,0 +1,346 @@
+"""Files against hashlib, the bytes of the format and a kill at every moment; and what a spoiled folder is said to be."""
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from gpt3lib import files
+from gpt3lib.files import (
+    INDEX,
+    MODEL,
+    WeightsError,
+    find_folder,
+    read_tensors,
+    scan,
+    scan_folder,
+    sha256,
+    shards,
+    write_beside,
+    write_folder,
+    write_shards,
+)
+from mortal import Mortal
+
+NUMBERS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5), "c": torch.zeros(4, 4, dtype=torch.float16)}
+
+
+def others(n=3):
+    return {name: torch.full((n, n), float(n)) for name in "abcd"}
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def complaint(function, *arguments):
+    with pytest.raises(WeightsError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def put(folder, tensors, header, config, way):
+    """Write in one file or in shards of 60 bytes."""
+    if way == "single":
+        write_folder(folder, tensors, header, config)
+    else:
+        write_shards(folder, tensors, header, config, 60)
+
+
+def get(folder):
+    """Tensors and header as a reader finds them."""
+    found, about = scan_folder(folder)
+    return read_tensors(found), about
+
+
+# ---- beside, then renamed ----
+
+
+def test_beside_then_renamed(tmp_path):
+    path = tmp_path / "x.bin"
+    write_beside(path, b"old")
+    write_beside(str(path), b"new")
+    assert path.read_bytes() == b"new" and listing(tmp_path) == ["x.bin"]
+
+
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_kill_leaves_all_of_the_old_or_all_of_the_new(tmp_path, monkeypatch, old):
+    path = tmp_path / "x.bin"
+    if old:
+        path.write_bytes(old)
+    for calls in range(3):
+        mortal = Mortal(calls).wrap
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", mortal(os.replace))
+            patch.setattr(Path, "write_bytes", mortal(Path.write_bytes))
+            if calls < 2:
+                with pytest.raises(KeyboardInterrupt):
+                    write_beside(path, b"new")
+                assert (path.read_bytes() if path.exists() else None) == old
+            else:
+                write_beside(path, b"new")
+    assert path.read_bytes() == b"new" and listing(tmp_path) == ["x.bin"]
+
+
+def test_a_write_that_fails_half_way_leaves_the_old(tmp_path, monkeypatch):
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+
+    def full_disk(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:1])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_beside(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=3000))
+def test_hashes_are_sha_256(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "hashed"
+    path.write_bytes(data)
+    assert sha256(data) == sha256(path) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_known_hash():
+    assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# ---- a folder, in one file or in shards ----
+
+
+@pytest.mark.parametrize("way", ["single", "shards"])
+def test_out_and_in_again_is_the_same_to_the_bit(tmp_path, way):
+    put(tmp_path / "a" / "b", NUMBERS, {"who": "we"}, '{"wide": 3}', way)
+    tensors, about = get(tmp_path / "a" / "b")
+    assert same(tensors, NUMBERS) and about["who"] == "we"
+    assert (tmp_path / "a" / "b" / "config.json").read_text() == '{"wide": 3}'
+
+
+def test_a_file_is_eight_bytes_a_header_and_numbers(tmp_path):
+    write_folder(tmp_path, NUMBERS, {"who": "we"}, "{}")
+    raw = (tmp_path / MODEL).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert header.pop("__metadata__") == {"who": "we"} and header.keys() == NUMBERS.keys()
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        assert raw[8 + length + first : 8 + length + last] == NUMBERS[name].numpy().tobytes()
+    assert len(raw) == 8 + length + 24 + 20 + 32
+
+
+def test_others_may_read_the_file_if_they_may_read_its_neighbour(tmp_path):
+    write_folder(tmp_path, NUMBERS, {}, "{}")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("config.json", MODEL)}
+    assert len(modes) == 1
+
+
+def test_scanning_tells_shapes_and_types(tmp_path):
+    write_folder(tmp_path, NUMBERS, {"who": "we"}, "{}")
+    found, about = scan(tmp_path / MODEL)
+    path = tmp_path / MODEL
+    assert found == {"a": (path, (2, 3), "F32"), "b": (path, (5,), "F32"), "c": (path, (4, 4), "F16")}
+    assert about == {"who": "we"}
+    save_file(NUMBERS, path)
+    assert scan(path)[1] == {}
+
+
+def test_reading_takes_what_is_asked_for(tmp_path):
+    write_folder(tmp_path, NUMBERS, {}, "{}")
+    found, _ = scan_folder(tmp_path)
+    assert same(read_tensors({"b": found["b"]}), {"b": NUMBERS["b"]})
+    assert read_tensors({}) == {}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 120))
+def test_shards_hold_every_tensor_once_in_order(sizes, room):
+    tensors = {f"t{i}": torch.zeros(size, dtype=torch.int8) for i, size in enumerate(sizes)}
+    groups = shards(tensors, room)
+    assert [name for group in groups for name in group] == list(tensors)
+    for group in groups:
+        assert group and (sum(t.nbytes for t in group.values()) <= room or len(group) == 1)
+    for group, following in zip(groups, groups[1:]):  # none could have taken one more
+        assert sum(t.nbytes for t in group.values()) + next(iter(following.values())).nbytes > room
+
+
+def test_no_tensors_make_no_shards():
+    assert shards({}, 5) == []
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "1GB", True, None])
+def test_a_size_that_is_none(tmp_path, size):
+    words = f"shard_bytes is {size!r}; it must be at least 1, a whole number"
+    assert complaint(write_shards, tmp_path / "x", NUMBERS, {}, "{}", size) == words
+    assert not (tmp_path / "x").exists()
+
+
+def test_shards_are_named_by_their_hashes(tmp_path):
+    write_shards(tmp_path, NUMBERS, {"who": "we"}, "{}", 60)
+    index = json.loads((tmp_path / INDEX).read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert len(names) == 2 and index["metadata"] == {"who": "we", "total_size": 76}
+    for i, name in enumerate(names, start=1):
+        assert name == f"model-{i:05}-of-00002-{sha256(tmp_path / name)[:16]}.safetensors"
+        assert set(load_file(tmp_path / name)) == {n for n, file in index["weight_map"].items() if file == name}
+    assert listing(tmp_path) == sorted(["config.json", INDEX, *names])
+
+
+# ---- kills ----
+
+
+@pytest.mark.parametrize("before", ["nothing", "single", "shards"])
+@pytest.mark.parametrize("after", ["single", "shards"])
+def test_killed_anywhere_the_folder_is_old_or_new(tmp_path, monkeypatch, before, after):
+    """Die at the n-th write, rename or removal, for every n; tensors and header never part."""
+    states = []
+    for calls in range(100):
+        folder = tmp_path / str(calls)
+        if before != "nothing":
+            put(folder, NUMBERS, {"config": "old"}, "old", before)
+        mortal = Mortal(calls).wrap
+        with monkeypatch.context() as patch:
+            for home, name in ((os, "replace"), (os, "unlink"), (Path, "write_bytes"), (files, "save_file")):
+                patch.setattr(home, name, mortal(getattr(home, name)))
+            try:
+                put(folder, others(), {"config": "new"}, "new", after)
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        try:
+            tensors, about = get(folder)
+            wanted = {"old": NUMBERS, "new": others()}[about["config"]]
+            states.append(about["config"] if same(tensors, wanted) else "mixture")
+        except WeightsError:
+            states.append("none")
+        if finished:
+            break
+        put(folder, others(), {"config": "new"}, "new", after)  # what was left is in nobody's way
+        assert same(get(folder)[0], others())
+    assert states[0] == ("none" if before == "nothing" else "old") and states[-1] == "new"
+    assert states == sorted(states, key=[states[0], "new"].index)
+    shard_files = set(json.loads((folder / INDEX).read_text())["weight_map"].values()) if after == "shards" else set()
+    wanted = {MODEL} if after == "single" else {INDEX, *shard_files}
+    assert set(listing(folder)) == {"config.json", *wanted} and (folder / "config.json").read_text() == "new"
+
+
+def test_a_file_of_ones_own_beside_the_model_stays(tmp_path):
+    (tmp_path / "model-of-mine.safetensors").write_bytes(b"x")
+    (tmp_path / "diary.txt").write_bytes(b"x")
+    write_shards(tmp_path, NUMBERS, {}, "{}", 60)
+    write_folder(tmp_path, NUMBERS, {}, "{}")
+    assert listing(tmp_path) == ["config.json", "diary.txt", "model-of-mine.safetensors", MODEL]
+
+
+# ---- what a folder can have wrong with it ----
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_files_cut_short(tmp_path, keep):
+    write_folder(tmp_path, NUMBERS, {}, "{}")
+    path = tmp_path / MODEL
+    path.write_bytes(path.read_bytes()[:keep])
+    message = complaint(scan_folder, tmp_path)
+    assert message.startswith(f"{path} is damaged (") and message.endswith("; copy or save it again")
+
+
+def test_folders_without_tensors(tmp_path):
+    words = f"{tmp_path} has no {MODEL}; save_pretrained writes one"
+    assert complaint(scan_folder, tmp_path) == words
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    message = complaint(scan_folder, tmp_path)
+    assert "has no safetensors but pickles (pytorch_model.bin), which can run any code" in message
+    assert "has no model.safetensors" in complaint(scan_folder, tmp_path / "nowhere")
+
+
+def test_shards_that_are_missing_damaged_or_misnamed(tmp_path):
+    write_shards(tmp_path, NUMBERS, {}, "{}", 60)
+    index = json.loads((tmp_path / INDEX).read_text())
+    first, last = sorted(set(index["weight_map"].values()))
+    good = (tmp_path / first).read_bytes()
+    (tmp_path / first).write_bytes(good[:-9])
+    assert f"{tmp_path / first} is damaged" in complaint(scan_folder, tmp_path)
+    (tmp_path / first).unlink()
+    assert f"has no {first}, which its index names" in complaint(scan_folder, tmp_path)
+    (tmp_path / first).write_bytes(good)
+    for wrong in (last, f"../{tmp_path.name}/{first}"):  # an index may not lead out of its folder
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | {"a": wrong}}))
+        assert f"says that a lies in {wrong}, but it does not" in complaint(scan_folder, tmp_path)
+    for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        (tmp_path / INDEX).write_text(text)
+        assert f"{tmp_path / INDEX} is damaged" in complaint(scan_folder, tmp_path)
+
+
+# ---- a name instead of a folder ----
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that returns a folder or raises an error, whichever was put into `answer`."""
+    import huggingface_hub
+
+    calls, answer = [], []
+
+    def snapshot_download(name, **options):
+        calls.append((name, options["allow_patterns"]))
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return str(answer[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls, answer
+
+
+def test_a_name_is_checked_before_gigabytes_come(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    calls, answer = hub
+    write_folder(tmp_path / "cache", NUMBERS, {}, "{}")
+    answer.append(tmp_path / "cache")
+    seen = []
+    assert find_folder("owner/name", seen.append) == tmp_path / "cache" and seen == [tmp_path / "cache"]
+    assert calls == [("owner/name", ["config.json"]), ("owner/name", ["*.json", "*.safetensors"])]
+
+    def refuse(folder):
+        raise WeightsError("of another kind")
+
+    calls.clear()
+    assert complaint(find_folder, "owner/name", refuse) == "of another kind" and len(calls) == 1
+    (tmp_path / "cache" / MODEL).unlink()
+    assert "'owner/name' on the hub has no safetensors" in complaint(find_folder, "owner/name", seen.append)
+
+
+@pytest.mark.parametrize("kind", ["ConnectTimeout", "RepositoryNotFoundError"])
+def test_the_hub_is_away_or_does_not_know(tmp_path, monkeypatch, hub, kind):
+    monkeypatch.chdir(tmp_path)
+    hub[1].append(type(kind, (OSError,), {})("…"))
+    message = complaint(find_folder, "name", print)
+    says = "could not be reached" if kind == "ConnectTimeout" else "has no such model, or not for everybody"
+    assert f"{says} ({kind})" in message and "hf download name" in message
+
+
+@pytest.mark.parametrize("path", [Path("gpt2"), "./gpt2", "/no/gpt2", "a/b/c", "~/gpt2", ".hidden", "a//b", "a/", ""])
+def test_paths_never_go_to_the_network(tmp_path, monkeypatch, hub, path):
+    monkeypatch.chdir(tmp_path)
+    assert find_folder(path, pytest.fail) == Path(path) and hub[0] == []
+
+
+def test_a_folder_comes_first_and_a_file_is_none(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert find_folder("gpt2", pytest.fail) == Path("gpt2") and hub[0] == []
+    (tmp_path / "x").write_bytes(b"")
+    assert complaint(find_folder, tmp_path / "x", print).endswith("is a file; give the folder that it lies in")
