@@ -294,11 +294,9 @@ d_ff        n_inner      intermediate_size        ffn_dim
 
 def our_kinds(raw: dict, n_layers: int) -> tuple[str, ...]:
     """GPT-Neo's kinds as the shortest tuple that repeats. Raises ValueError."""
-    types = raw.get("attention_types")
-    if types:
-        layers = [kind for kinds, times in types for kind in kinds * times]
-    else:
-        layers = raw.get("attention_layers")
+    layers = raw.get("attention_layers")
+    if raw.get("attention_types"):
+        layers = [k for kinds, times in raw["attention_types"] for k in kinds * times]
     if not layers or len(layers) != n_layers or set(layers) - {"global", "local"}:
         raise ValueError(
             f"attention_types gives {layers}; "
@@ -460,9 +458,8 @@ def write_pretrained(model: GPT, path: str | Path, shard_bytes: int | None = Non
         named[layout.prefixes[0] + name] = tensor
     # the metadata tell our config, so that reading gives back the very same
     about = {"format": "pt", "layout": kind, "config": json.dumps(asdict(config))}
-    text = (
-        json.dumps(config_for(kind, config, model.ln_f.weight.dtype), indent=1) + "\n"
-    )
+    raw = config_for(kind, config, model.ln_f.weight.dtype)
+    text = json.dumps(raw, indent=1) + "\n"
     if shard_bytes is None:
         write_folder(Path(path), named, about, text)
     else:

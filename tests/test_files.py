@@ -1,4 +1,4 @@
-"""Files against hashlib, the bytes of the format and a kill at every moment; and what a spoiled folder is said to be."""
+"""Files against hashlib, the bytes of the format and a kill at every moment; what spoiled folders are said to be."""
 
 import hashlib
 import json
