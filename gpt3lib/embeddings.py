@@ -14,7 +14,7 @@ class ContextError(ValueError):
 
 
 def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
-    """Raise TokenError unless `tokens` is (B, T) ids in 0 … vocab_size - 1, at least one.
+    """Raise TokenError unless `tokens` is (B, T) ids, B · T ≥ 1, below vocab_size.
 
     Looking at numbers costs a copy from an accelerator, so tensors that live elsewhere
     are left to the device's own check; so is the data-free "meta" device.
@@ -50,7 +50,7 @@ def check_length(n_tokens: int, n_ctx: int) -> None:
 
 
 class Embeddings(nn.Module):
-    """Token and position embeddings; the token table is also the way out ([B20], [R19]).
+    """Token and position embeddings; the token table is the way out too ([B20], [R19]).
 
     wte: (vocab_size, d_model), one row a token; wpe: (n_ctx, d_model), one row a track.
     It checks nothing: check_tokens and check_length are for whoever calls it.
@@ -73,5 +73,5 @@ class Embeddings(nn.Module):
         return self.wte(tokens) + self.wpe(tracks)
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor:
-        """(..., d_model) -> logits (..., vocab_size): how well h fits each row of wte."""
+        """(..., d_model) -> logits (..., vocab_size): how well h fits each row."""
         return F.linear(h, self.wte.weight)
