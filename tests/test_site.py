@@ -10,6 +10,7 @@ import threading
 from collections import namedtuple
 from pathlib import Path
 
+import nbformat
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -32,6 +33,9 @@ OFFLINE = [
 ]
 CHAPTERS = execute.chapters()
 REPOSITORY = execute.settings()["repository"]["url"]
+WIDE = 1280
+OTHERS = ["glossary", "names", "references"]
+PAGES = [*CHAPTERS, *OTHERS]
 Screen = namedtuple("Screen", "width theme")
 Visit = namedtuple("Visit", "facts trouble")
 
@@ -64,6 +68,24 @@ FACTS = """() => {
         pictures: document.querySelectorAll('div.picture svg').length,
         lost: [...document.images].filter((image) => image.complete && !image.naturalWidth).map((image) => image.src),
         broken: document.querySelectorAll('.problematic, .system-message').length,
+        // boxes: the title's bar begins and ends with the box
+        boxes: [...document.querySelectorAll('article .admonition:has(> .admonition-title)')].map((box) => {
+            const [outer, bar] = [box, box.querySelector('.admonition-title')].map((e) => e.getBoundingClientRect());
+            return { kind: box.className, title: box.querySelector('.admonition-title').innerText,
+                short: [bar.left - outer.left, outer.right - bar.right].map(Math.round) };
+        }),
+        cites: [...document.querySelectorAll('article a[href*="references.html#"], article a.citation')].length,
+        // keys that no link was made of, outside code and outputs
+        rawKeys: (() => {
+            const copy = document.querySelector('article').cloneNode(true);
+            copy.querySelectorAll('pre, code, a, svg, .citation, .output').forEach((e) => e.remove());
+            return copy.textContent.match(/\\[[A-Z]{1,3}[0-9]{2}\\]|\\{[a-z-]+\\}`|:::|^#+ /gm) || [];
+        })(),
+        drawnLinks: [...document.querySelectorAll('article svg a')].map(
+            (a) => a.getAttribute('href') || a.getAttribute('xlink:href')),
+        // code that scrolls sideways, hidden code included
+        scrolls: [...document.querySelectorAll('.cell_input pre')].filter((e) => e.scrollWidth > e.clientWidth + 1)
+            .map((e) => e.innerText.slice(0, 80)),
     };
 }"""
 
@@ -129,11 +151,11 @@ def visit(page, address):
 def visits(browser, site):
     """(chapter, width, theme) -> what the page said; every page is opened once for each screen."""
     found = {}
-    for screen in (Screen(1280, "light"), Screen(390, "dark")):
+    for screen in (Screen(WIDE, "light"), Screen(390, "dark")):
         context = browser.new_context(viewport={"width": screen.width, "height": 900}, color_scheme=screen.theme)
         page, trouble = context.new_page(), []
         watch(page, site, trouble)
-        for chapter in [*CHAPTERS, "references"]:
+        for chapter in PAGES:
             visit(page, f"{site}/book/{chapter}.html")
             found[chapter, screen.width, screen.theme] = Visit(page.evaluate(FACTS), list(trouble))
             # the other theme on the same screen, without loading the page again
@@ -147,10 +169,9 @@ def visits(browser, site):
     return found
 
 
-PAGES = [*CHAPTERS, "references"]
 every_page = pytest.mark.parametrize("chapter", PAGES)
 every_screen = pytest.mark.parametrize(
-    "screen", [Screen(w, t) for w in (1280, 390) for t in ("light", "dark")], ids=str
+    "screen", [Screen(w, t) for w in (WIDE, 390) for t in ("light", "dark")], ids=str
 )
 
 
@@ -173,7 +194,7 @@ def test_a_narrow_screen_does_not_scroll_sideways(visits, chapter):
 
 @every_page
 def test_the_theme_reaches_the_page_and_its_outputs(visits, chapter):
-    for width in (1280, 390):
+    for width in (WIDE, 390):
         light, dark = visits[chapter, width, "light"].facts, visits[chapter, width, "dark"].facts
         assert min(light["ground"][:3]) > 230 and max(dark["ground"][:3]) < 50
         # an output's ground is the page's own: transparent, or dark in the dark
@@ -182,20 +203,20 @@ def test_the_theme_reaches_the_page_and_its_outputs(visits, chapter):
 
 @every_page
 def test_formulas_are_typeset_and_load_nothing_elsewhere(visits, chapter):
-    facts = visits[chapter, 1280, "light"].facts
+    facts = visits[chapter, WIDE, "light"].facts
     assert facts["typeset"] == facts["math"] and facts["mathErrors"] == 0
     assert facts["mathjax"] == (facts["math"] > 0)
 
 
 @every_page
 def test_code_can_be_copied(visits, chapter):
-    facts = visits[chapter, 1280, "light"].facts
-    assert facts["copy"] == facts["code"] and (facts["code"] > 0 or chapter == "references")
+    facts = visits[chapter, WIDE, "light"].facts
+    assert facts["copy"] == facts["code"] and (facts["code"] > 0 or chapter in ("glossary", "references"))
 
 
 @every_page
 def test_a_page_names_its_version_and_has_one_search_field(visits, chapter):
-    facts = visits[chapter, 1280, "light"].facts
+    facts = visits[chapter, WIDE, "light"].facts
     assert re.match(r"gpt3lib \d+\.\d+\.\d+", facts["footer"])
     assert facts["search"] == 1
     assert facts["icons"] >= 4  # repository, download, full screen, theme
@@ -203,7 +224,7 @@ def test_a_page_names_its_version_and_has_one_search_field(visits, chapter):
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_can_be_run_elsewhere_and_downloaded(visits, chapter):
-    links = visits[chapter, 1280, "light"].facts["links"]
+    links = visits[chapter, WIDE, "light"].facts["links"]
     name = REPOSITORY.removeprefix("https://github.com/")
     file = f"book/{chapter}.ipynb"
     assert f"https://colab.research.google.com/github/{name}/blob/main/{file}" in links
@@ -220,8 +241,67 @@ def test_a_page_weighs_less_than_a_megabyte(chapter):
     assert html.stat().st_size + sum((html.parent / image).stat().st_size for image in images) <= 1_000_000
 
 
+@every_page
+def test_a_box_has_a_title_as_wide_as_itself(visits, chapter):
+    for width in (WIDE, 390):
+        boxes = visits[chapter, width, "light"].facts["boxes"]
+        assert [box["title"] for box in boxes if max(map(abs, box["short"])) > 4] == []
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_exercises_and_solutions_are_boxes(visits, chapter):
+    boxes = visits[chapter, WIDE, "light"].facts["boxes"]
+    cells = nbformat.read(ROOT / "book" / f"{chapter}.ipynb", as_version=4).cells
+    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    exercises = [box["title"] for box in boxes if "exercise" in box["kind"].split()]
+    solutions = [box["kind"].split() for box in boxes if "solution" in box["kind"].split()]
+    numbers = [re.match(r"Exercise \d+: ", title)[0] for title in exercises]
+    assert numbers == re.findall(r"^### (Exercise \d+: )", text, re.MULTILINE)
+    assert len(solutions) == len(exercises) and all("toggle-hidden" in kind for kind in solutions)
+    notes = re.findall(r"(?:^|\n\n)> \*\*", text)
+    assert len(boxes) == len(exercises) + len(solutions) + len(notes)
+
+
+@every_page
+def test_no_citation_or_directive_is_left_as_it_was_written(visits, chapter):
+    assert visits[chapter, WIDE, "light"].facts["rawKeys"] == []
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_citations_are_links(visits, chapter):
+    cells = nbformat.read(ROOT / "book" / f"{chapter}.ipynb", as_version=4).cells
+    cited = any(re.search(r"\[[A-Z]{1,3}\d\d\]", cell.source) for cell in cells if cell.cell_type == "markdown")
+    assert (visits[chapter, WIDE, "light"].facts["cites"] > 0) == cited
+
+
+@every_page
+def test_links_in_drawings_lead_to_pages(visits, chapter):
+    links = visits[chapter, WIDE, "light"].facts["drawnLinks"]
+    assert [link for link in links if not (SITE / "book" / link.split("#")[0]).is_file()] == []
+    assert not [link for link in links if link.endswith(".ipynb")]
+
+
+@every_page
+def test_code_does_not_scroll_sideways_on_a_wide_screen(visits, chapter):
+    assert visits[chapter, WIDE, "light"].facts["scrolls"] == []
+
+
+def test_a_line_of_88_characters_fits_everywhere_on_a_wide_screen(browser, site):
+    page = browser.new_page(viewport={"width": WIDE, "height": 900})
+    page.goto(f"{site}/book/04_attention.html")
+    widths = page.evaluate("""() => {
+        document.querySelectorAll('.toggle-hidden').forEach((box) => box.classList.remove('toggle-hidden'));
+        return [...document.querySelectorAll('.cell_input pre')].map((code) => {
+            code.textContent = 'x'.repeat(88);
+            return code.scrollWidth - code.clientWidth;
+        });
+    }""")
+    assert len(widths) > 20 and max(widths) <= 0
+    page.close()
+
+
 def test_the_front_page_has_a_living_picture(visits):
-    assert visits["index", 1280, "light"].facts["pictures"] >= 1
+    assert visits["index", WIDE, "light"].facts["pictures"] >= 1
 
 
 def test_the_address_of_the_site_leads_to_the_front_page(browser, site):
