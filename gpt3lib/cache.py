@@ -1,5 +1,4 @@
-"""The past does not change, so keep it: a KV cache, a ring for banded layers, a fast
-loop."""
+"""The past does not change, so keep it: a KV cache, rings for bands, a fast loop."""
 
 # Made from book/09_cache.ipynb by tools/export.py; edit the chapter.
 import functools

@@ -1,50 +1,70 @@
-"""Many prompts in one batch, text that appears while it is made, and a search for the likeliest answer."""
+"""Many prompts in one batch, text shown while it is made, and a search with beams."""
 
-# Made from book/10_decoding.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/10_decoding.ipynb by tools/export.py; edit the chapter.
 import codecs
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from gpt3lib.attention import causal_mask
 from gpt3lib.cache import KVCache, Reader, check_request, stream
 from gpt3lib.generation import PromptError, check_logits, last_logits
 from gpt3lib.sparse_attention import banded_mask
 
 
-def pad_left(
-    prompts: list[list[int]], fill: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of any lengths -> (B, T) ids that end in one column, and (B,) empty tracks before each.
-
-    fill: the id on empty tracks; nobody looks at it. Raises PromptError for no prompts and for an empty one.
-    """
+# What is refused; the workshop at the end of this page has a table of it.
+def check_prompts(prompts) -> list[list[int]]:
+    """The prompts as a list. Raises PromptError for none, an empty one, or text."""
     prompts = prompts if isinstance(prompts, str) else list(prompts)
     if isinstance(prompts, str) or not all(isinstance(ids, list) for ids in prompts):
         raise PromptError(
             "prompts must be a list of lists of ids; encode each text first"
         )
     if not prompts or not all(prompts):
-        where = (
-            f"prompt {[*map(bool, prompts)].index(False)} is empty"
-            if prompts
-            else "there are no prompts"
-        )
+        empty = [i for i, ids in enumerate(prompts) if not ids]
+        where = f"prompt {empty[0]} is empty" if prompts else "there are no prompts"
         raise PromptError(
             f"{where}; start a text from nothing with the end-of-text token"
         )
+    return prompts
+
+
+def check_search(tokens: torch.Tensor, width: int, length_penalty: float) -> None:
+    """Raise PromptError for a search that cannot be.
+
+    More than one prompt, no beams, or a penalty that rewards shortness.
+    """
+    if len(tokens) != 1:
+        raise PromptError(
+            f"beam search takes one prompt (1, T), got {len(tokens)}; call it for each"
+        )
+    if type(width) is not int or width < 1:
+        raise PromptError(f"width is {width!r}; at least 1 text must be kept")
+    if not 0 <= length_penalty < float("inf"):  # also catches nan
+        raise PromptError(
+            f"length_penalty is {length_penalty}; use 0 for none, or a positive number"
+        )
+
+
+def pad_left(
+    prompts: list[list[int]], fill: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of any lengths -> (B, T) ids that end in one column, and (B,) pads.
+
+    A pad counts the empty tracks before a text. fill: the id on empty tracks, at which
+    nobody looks. Raises PromptError for no prompts and for an empty one.
+    """
+    prompts = check_prompts(prompts)
     longest = max(map(len, prompts))
     pad = [longest - len(ids) for ids in prompts]
-    return torch.tensor(
-        [[fill] * n + ids for n, ids in zip(pad, prompts)]
-    ), torch.tensor(pad)
+    rows = [[fill] * n + ids for n, ids in zip(pad, prompts)]
+    return torch.tensor(rows), torch.tensor(pad)
 
 
 def hide_padding(mask: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
     """(Tq, Tk) mask, (B,) numbers of empty tracks before each text -> (B, 1, Tq, Tk).
 
-    Nobody looks at an empty track. A query on one has nothing left to look at, so it looks at
-    itself; nobody reads what it finds.
+    Nobody looks at an empty track. A query on one has nothing left to look at, so it
+    looks at itself; nobody reads what it finds.
     """
     n_queries, n_keys = mask.shape
     columns = torch.arange(n_keys, device=mask.device)
@@ -54,113 +74,16 @@ def hide_padding(mask: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
     return mask & filled | own
 
 
-class PaddedLayer:
-    """A layer's cache for texts with empty tracks before them: its keys, and a mask over them.
-
-    cache: returns its keys in the order of the text; pad: (B,) empty tracks;
-    bandwidth: how far back the layer sees, None for a dense one.
-    """
-
-    def __init__(self, cache, pad: torch.Tensor, bandwidth: int | None):
-        self.cache, self.pad, self.bandwidth = cache, pad, bandwidth
-
-    @property
-    def length(self) -> int:
-        """The number of tracks seen, empty ones included."""
-        return self.cache.length
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple:
-        """Store new keys and values; return those to look at and (B, 1, Tq, Tk) who may."""
-        n_queries = k.shape[2]
-        k, v, _ = self.cache.append(k, v)
-        shape = (n_queries, k.shape[2])
-        if self.bandwidth is None:
-            mask = causal_mask(*shape, k.device)
-        else:
-            mask = banded_mask(*shape, self.bandwidth, k.device)
-        gone = self.length - k.shape[2]  # a ring has forgotten the first tracks
-        return k, v, hide_padding(mask, self.pad - gone)
-
-
-class PaddedCache(KVCache):
-    """A KVCache for texts of different lengths in one batch. pad: (B,) empty tracks before each."""
-
-    def __init__(self, config, n_slots: int, pad: torch.Tensor):
-        super().__init__(config, n_slots, in_order=True)
-        self.pad, widths = pad, {"dense": None, "banded": config.bandwidth}
-        layers = zip(self.layers, config.kinds)
-        self.layers = [PaddedLayer(cache, pad, widths[kind]) for cache, kind in layers]
-
-    def tracks(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, T) tracks: a text's first token sits on track 0, and so does what is before it."""
-        return (super().tracks(tokens) - self.pad[:, None]).clamp(min=0)
-
-
-def read_in_portions(
-    model, tokens, cache: PaddedCache, size: int = 256
-) -> torch.Tensor:
-    """last_logits of padded texts, so that no mask is larger than (size, T)."""
-    *first, last = tokens.split(size, dim=1)
-    for portion in first:
-        model.hidden(portion, cache)
-    return last_logits(model, last, cache)
-
-
-class PaddedReader(Reader):
-    """A Reader of texts with empty tracks before them. pad: (B,), how many before each."""
-
-    def __init__(self, model, n_slots: int, pad: torch.Tensor):
-        super().__init__(model, n_slots)
-        self.pad = pad
-        self.cache = PaddedCache(model.config, min(self.n_ctx, n_slots), pad)
-
-    def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The prompts, in portions, into the cache."""
-        return read_in_portions(self.model, tokens, self.cache)
-
-    def slide(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The last n_ctx tracks; empty tracks are the first to fall out of the window."""
-        left = (self.pad - (tokens.shape[1] - self.n_ctx)).clamp(min=0)
-        cache = PaddedCache(self.model.config, self.n_ctx, left)
-        return read_in_portions(self.model, tokens[:, -self.n_ctx :], cache)
-
-
 def until(ids: list[int], stop: int | None) -> list[int]:
     """The ids before the first `stop`; all of them when there is none."""
     return ids[: ids.index(stop)] if stop in ids else ids
 
 
-def generate_many(
-    model,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    stop: int | None = None,
-) -> list[list[int]]:
-    """Lists of ids, of any lengths -> for each its new ids, up to its first `stop`, without it.
-
-    One batch; with temperature 0 each text is what it would be alone. Arguments and errors as
-    in generate.
-    """
-    home = model.embeddings.wte.weight.device
-    tokens, pad = (tensor.to(home) for tensor in pad_left(prompts))
-    settings = (temperature, top_k, top_p, generator, stop)
-    check_request(model, tokens, max_new_tokens, *settings)
-    n_slots = tokens.shape[1] + max_new_tokens
-    # without empty tracks the faster kernel
-    read = PaddedReader(model, n_slots, pad) if pad.any() else Reader(model, n_slots)
-    new = [tokens[:, :0]]
-    new += [
-        chosen[:, None] for chosen in stream(read, tokens, max_new_tokens, *settings)
-    ]
-    return [until(ids, stop) for ids in torch.cat(new, dim=1).tolist()]
-
-
 def whole_characters(tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of ids as they arrive, never half a character; joined, the pieces are tokenizer.decode(ids)."""
+    """Yield the text of ids as they arrive, never half a character.
+
+    Joined, the pieces are tokenizer.decode(ids).
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
         piece = decoder.decode(tokenizer.decode_bytes([i]))
@@ -182,87 +105,168 @@ def write_on(
     generator=None,
     stop=None,
 ) -> Iterator[str]:
-    """A prompt -> an iterator over pieces of text that go on with it, each as soon as it is made.
+    """A prompt -> pieces of text that go on with it, each as soon as it is made.
 
-    Pieces are whole characters. stop: an id that ends the text and is not shown. Other arguments and errors as in
-    generate; errors come at the call, before the first piece.
+    Pieces are whole characters. stop: an id that ends the text and is not shown. Other
+    arguments and errors as in generate; errors come at the call, before any piece.
     """
-    tokens = torch.tensor(
-        [tokenizer.encode(prompt)],
-        dtype=torch.int64,
-        device=model.embeddings.wte.weight.device,
-    )
-    ways = (temperature, top_k, top_p, generator, stop)
-    check_request(model, tokens, max_new_tokens, *ways)
+    home = model.embeddings.wte.weight.device
+    ids = tokenizer.encode(prompt)
+    tokens = torch.tensor([ids], dtype=torch.int64).to(home)
+    settings = (temperature, top_k, top_p, generator, stop)
+    check_request(model, tokens, max_new_tokens, *settings)
     read = Reader(model, tokens.shape[1] + max_new_tokens)
-    chosen = (row.item() for row in stream(read, tokens, max_new_tokens, *ways))
+    steps = stream(read, tokens, max_new_tokens, *settings)
+    chosen = (row.item() for row in steps)
     return whole_characters(tokenizer, iter(chosen.__next__, stop))
 
 
 def penalise(log_probability: float, n_tokens: int, alpha: float) -> float:
-    """The score of a text in beam search: log p / ((5 + n) / 6) ** alpha ([W16] eq. 14, without coverage)."""
+    """The score log p / ((5 + n) / 6) ** alpha ([W16] eq. 14, without coverage)."""
     return log_probability / ((5 + n_tokens) / 6) ** alpha
-
-
-def check_search(tokens: torch.Tensor, width: int, length_penalty: float) -> None:
-    """Raise PromptError for more than one prompt, a search without beams, or a penalty that rewards shortness."""
-    if len(tokens) != 1:
-        raise PromptError(
-            f"beam search takes one prompt (1, T), got {len(tokens)}; call it for each"
-        )
-    if type(width) is not int or width < 1:
-        raise PromptError(f"width is {width!r}; at least 1 text must be kept")
-    if not 0 <= length_penalty < float("inf"):  # also catches nan
-        raise PromptError(
-            f"length_penalty is {length_penalty}; use 0 for none, or a positive number"
-        )
 
 
 @torch.no_grad()
 def beam_search(model, tokens, max_new_tokens, width=4, length_penalty=0.6, stop=None):
-    """(1, T) prompt -> the `width` best continuations found, best first, as lists of new ids, and their scores.
+    """(1, T) prompt -> the `width` best continuations, lists of new ids, and scores.
 
-    A score is log p / ((5 + n) / 6) ** length_penalty, where n counts the `stop` that ends a text and is not
-    returned; a text that never ended has max_new_tokens ids. Fewer come back when there are no more.
-    Raises PromptError, ContextError, TokenError before any work, FloatingPointError for logits that are no numbers.
+    Best first. A score is log p / ((5 + n) / 6) ** length_penalty, where n counts the
+    `stop` that ends a text and is not returned; a text that never ended has
+    max_new_tokens ids. Fewer come back when there are no more. Raises PromptError,
+    ContextError, TokenError before any work, FloatingPointError for broken logits.
     """
     check_request(model, tokens, max_new_tokens, 0, None, None, stop=stop)
     check_search(tokens, width, length_penalty)
-    n_prompt, vocab_size = tokens.shape[1], model.config.vocab_size
+    n_prompt, n = tokens.shape[1], 0
     read = Reader(model, n_prompt + max_new_tokens)
-    live, finished, n = (
-        torch.zeros(1, device=tokens.device),
-        [],
-        0,
-    )  # (beams,) log p; (score, new ids)
+    live = torch.zeros(1, device=tokens.device)  # (beams,) log p
+    finished = []  # (score, new ids)
     while n < max_new_tokens and len(live):
-        logits, n = read(tokens), n + 1
+        logits, n = read(tokens), n + 1  # (beams, vocab_size)
         check_logits(
             logits.amax(dim=-1, keepdim=True).cpu()
-        )  # the search reads numbers back in any case
-        totals = live[:, None] + logits.float().log_softmax(
-            dim=-1
-        )  # (beams, vocab_size)
+        )  # numbers come back anyway
+        totals = live[:, None] + logits.float().log_softmax(dim=-1)
         if stop is not None:
-            texts = zip(totals[:, stop].tolist(), tokens[:, n_prompt:].tolist())
-            finished += [
-                (penalise(total, n, length_penalty), ids) for total, ids in texts
-            ]
-            finished = sorted(finished, key=lambda text: -text[0])[:width]
+            finished += scored(totals[:, stop], tokens[:, n_prompt:], n, length_penalty)
+            finished = best_first(finished)[:width]
             totals[:, stop] = -torch.inf
         live, best = totals.flatten().topk(min(width, totals.numel()))
         live, best = live[live.isfinite()], best[live.isfinite()]
-        parents = best // vocab_size
-        tokens = torch.cat([tokens[parents], (best % vocab_size)[:, None]], dim=1)
+        parents, new = best // totals.shape[1], best % totals.shape[1]
+        tokens = torch.cat([tokens[parents], new[:, None]], dim=1)
         read.cache.select(parents)
-        hope = (
-            penalise(live.max().item(), max_new_tokens, length_penalty)
-            if len(live)
-            else -torch.inf
-        )
-        if len(finished) == width and hope <= finished[-1][0]:
-            break
-    texts = zip(live.tolist(), tokens[:, n_prompt:].tolist())
-    finished += [(penalise(total, n, length_penalty), ids) for total, ids in texts]
-    finished = sorted(finished, key=lambda text: -text[0])[:width]
+        if len(finished) == width and len(live):
+            hope = penalise(live.max().item(), max_new_tokens, length_penalty)
+            if hope <= finished[-1][0]:
+                break
+    finished += scored(live, tokens[:, n_prompt:], n, length_penalty)
+    finished = best_first(finished)[:width]
     return [ids for _, ids in finished], [score for score, _ in finished]
+
+
+def scored(totals: torch.Tensor, new: torch.Tensor, n: int, alpha: float) -> list:
+    """(B,) log-probabilities and (B, T) new ids -> a list of (score, ids)."""
+    texts = zip(totals.tolist(), new.tolist())
+    return [(penalise(total, n, alpha), ids) for total, ids in texts]
+
+
+def best_first(texts: list) -> list:
+    """(score, ids) pairs, the highest score first; equal ones keep their order."""
+    return sorted(texts, key=lambda text: -text[0])
+
+
+class PaddedLayer:
+    """A layer's cache for texts with empty tracks before them: keys, and who may look.
+
+    cache: returns its keys in the order of the text; pad: (B,) empty tracks;
+    bandwidth: how far back the layer sees, None for a dense one.
+    """
+
+    def __init__(self, cache, pad: torch.Tensor, bandwidth: int | None):
+        self.cache, self.pad, self.bandwidth = cache, pad, bandwidth
+
+    @property
+    def length(self) -> int:
+        """The number of tracks seen, empty ones included."""
+        return self.cache.length
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple:
+        """Store new keys and values; return those to look at and (B, 1, Tq, Tk) who."""
+        n_queries = k.shape[2]
+        k, v, _ = self.cache.append(k, v)
+        n_keys = k.shape[2]
+        bandwidth = self.bandwidth or n_keys
+        mask = banded_mask(n_queries, n_keys, bandwidth, k.device)
+        gone = self.length - n_keys  # a ring has forgotten the first tracks
+        return k, v, hide_padding(mask, self.pad - gone)
+
+
+class PaddedCache(KVCache):
+    """A KVCache for texts of different lengths in one batch; pad: (B,) empty tracks."""
+
+    def __init__(self, config, n_slots: int, pad: torch.Tensor):
+        super().__init__(config, n_slots, in_order=True)
+        self.pad, widths = pad, {"dense": None, "banded": config.bandwidth}
+        layers = zip(self.layers, config.kinds)
+        self.layers = [PaddedLayer(cache, pad, widths[kind]) for cache, kind in layers]
+
+    def tracks(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, T) tracks: a text's first token and all before it sit on track 0."""
+        return (super().tracks(tokens) - self.pad[:, None]).clamp(min=0)
+
+
+def read_in_portions(
+    model, tokens, cache: PaddedCache, size: int = 256
+) -> torch.Tensor:
+    """last_logits of padded texts, so that no mask is larger than (size, T)."""
+    *first, last = tokens.split(size, dim=1)
+    for portion in first:
+        model.hidden(portion, cache)
+    return last_logits(model, last, cache)
+
+
+class PaddedReader(Reader):
+    """A Reader of texts with empty tracks before them; pad: (B,), how many."""
+
+    def __init__(self, model, n_slots: int, pad: torch.Tensor):
+        super().__init__(model, n_slots)
+        self.pad = pad
+        self.cache = PaddedCache(model.config, min(self.n_ctx, n_slots), pad)
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The prompts, in portions, into the cache."""
+        return read_in_portions(self.model, tokens, self.cache)
+
+    def slide(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The last n_ctx tracks; empty ones are the first to fall out of the window."""
+        left = (self.pad - (tokens.shape[1] - self.n_ctx)).clamp(min=0)
+        cache = PaddedCache(self.model.config, self.n_ctx, left)
+        return read_in_portions(self.model, tokens[:, -self.n_ctx :], cache)
+
+
+def generate_many(
+    model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop: int | None = None,
+) -> list[list[int]]:
+    """Lists of ids, of any lengths -> the new ids of each, up to its first `stop`.
+
+    One batch; with temperature 0 each text is what it would be alone. The stop is not
+    returned. Arguments and errors as in generate.
+    """
+    home = model.embeddings.wte.weight.device
+    tokens, pad = (tensor.to(home) for tensor in pad_left(prompts))
+    settings = (temperature, top_k, top_p, generator, stop)
+    check_request(model, tokens, max_new_tokens, *settings)
+    n_slots = tokens.shape[1] + max_new_tokens
+    # without empty tracks there is no mask, and a faster kernel
+    read = PaddedReader(model, n_slots, pad) if pad.any() else Reader(model, n_slots)
+    steps = stream(read, tokens, max_new_tokens, *settings)
+    new = [tokens[:, :0], *(chosen[:, None] for chosen in steps)]
+    return [until(ids, stop) for ids in torch.cat(new, dim=1).tolist()]

@@ -1,5 +1,4 @@
-"""Text comes out one token at a time: read the text, choose the next token, append it,
-read again."""
+"""Text comes out one token at a time: read, choose the next, append it, read again."""
 
 # Made from book/08_generation.ipynb by tools/export.py; edit the chapter.
 import torch
