@@ -185,6 +185,10 @@ def is_plain(model) -> bool:
     device = model.embeddings.wte.weight.device.type
     if type(model).hidden is not GPT.hidden or torch.is_autocast_enabled(device):
         return False
+    if not all(
+        type(block) is Block and type(block.mlp) is MLP for block in model.blocks
+    ):
+        return False
     called = [model.embeddings, *(block.mlp.activation for block in model.blocks)]
     parts = [part for block in model.blocks for part in block.modules()]
     return not any(
