@@ -1,4 +1,4 @@
-"""Decoding against independent judges: each text alone, exhaustive search, a search with lists, transformers."""
+"""Decoding against independent judges: each text alone, all texts there are, a search with lists, transformers."""
 
 import itertools
 import math
@@ -9,21 +9,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt3lib import decoding
-from gpt3lib.decoding import beam_search, generate_many, pad_left, penalise, until, whole_characters, write_on
+from gpt3lib.attention import CausalSelfAttention, causal_mask
+from gpt3lib.cache import LayerCache, OneStep, Reader, RingCache, generate, stream
+from gpt3lib.decoding import (
+    PaddedCache,
+    PaddedLayer,
+    PaddedReader,
+    beam_search,
+    generate_many,
+    hide_padding,
+    pad_left,
+    penalise,
+    read_in_portions,
+    until,
+    whole_characters,
+    write_on,
+)
 from gpt3lib.embeddings import ContextError
-from gpt3lib.generation import PromptError, Reader, generate, generate_slowly
+from gpt3lib.generation import PromptError, generate_slowly, last_logits
 from gpt3lib.model import GPT, GPTConfig
+from gpt3lib.sparse_attention import BandedSelfAttention
 from gpt3lib.tokenization import TokenError, Tokenizer
+from gpt3lib.weights import OtherConfig, OtherGPT
 from oracles import to_gpt2
 
 quick = settings(deadline=None, max_examples=40, derandomize=True)
 TOKENIZER = Tokenizer.train("the king said be still and the sea was still, said the king; é é é", 280)
 
 
-def lively(n_ctx=8, n_layers=2, n_heads=2, d_head=4, vocab_size=23, seed=0, **options):
+def lively(n_ctx=8, n_layers=2, n_heads=2, d_head=4, vocab_size=23, seed=0, make=GPT, shape=GPTConfig, **options):
     """A random model whose logits are far from equal, so that a wrong number changes a token."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size, n_ctx, n_layers, n_heads * d_head, n_heads, d_head, **options)).eval()
+    model = make(shape(vocab_size, n_ctx, n_layers, n_heads * d_head, n_heads, d_head, **options)).eval()
     for name, parameter in model.named_parameters():
         if "ln_" not in name:
             torch.nn.init.normal_(parameter, std=0.7)
@@ -105,11 +122,13 @@ def test_many_prompts_take_the_ways_of_generate():
 
 
 def test_prompts_of_one_length_need_no_mask(monkeypatch):
-    given = []
-    monkeypatch.setattr(decoding, "generate", lambda *a: given.append(a[-1]) or generate(*a))
+    made = []
+    for name in ("Reader", "PaddedReader"):
+        real = getattr(decoding, name)
+        monkeypatch.setattr(decoding, name, lambda *a, real=real: made.append(real.__name__) or real(*a))
     generate_many(lively(), [[1, 2], [3, 4]], 2)
     generate_many(lively(), [[1, 2], [3]], 2)
-    assert given[0] is None and given[1].tolist() == [0, 1]
+    assert made == ["Reader", "PaddedReader"]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +146,147 @@ def test_prompts_of_one_length_need_no_mask(monkeypatch):
 def test_wrong_prompts(prompts, error, message):
     with pytest.raises(error, match=message):
         generate_many(lively(), prompts, 3)
+
+
+# padded caches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_keys", range(1, 8))
+def test_padding_hides_the_empty_tracks_and_leaves_nobody_alone(n_keys):
+    for n_queries in range(1, n_keys + 1):
+        past, pad = n_keys - n_queries, list(range(n_keys + 1))
+        for inner in (causal_mask(n_queries, n_keys), torch.eye(n_keys, dtype=torch.bool)[past:]):
+            mask = hide_padding(inner, torch.tensor(pad))
+            assert mask.shape == (len(pad), 1, n_queries, n_keys)
+            for b, empty in enumerate(pad):
+                wanted = [
+                    [(bool(inner[i, j]) and j >= empty) or j == past + i for j in range(n_keys)]
+                    for i in range(n_queries)
+                ]
+                assert mask[b, 0].tolist() == wanted
+    assert hide_padding(causal_mask(3, 3), torch.tensor([-2])).equal(causal_mask(3, 3)[None, None])
+
+
+def normal(*shape):
+    """Random numbers in float64, so that rounding is not in the way."""
+    return torch.randn(*shape, generator=dice(), dtype=torch.float64)
+
+
+LAYERS = [
+    (lambda: CausalSelfAttention(8, 2, 4), None),
+    (lambda: BandedSelfAttention(8, 2, 4, 3), 3),
+    (lambda: BandedSelfAttention(8, 2, 4, 1), 1),
+]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(LAYERS),
+    st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    st.booleans(),
+)
+def test_a_padded_batch_equals_each_text_alone(kind, pad, bites, scaled):
+    """In one piece and in portions, dense and in bands, from slots and from a ring, with either scale."""
+    make, bandwidth = kind
+    attention, n = make().double(), max(pad) + sum(bites)
+    attention.scale = attention.scale if scaled else 1.0
+    x = normal(len(pad), n, 8)
+    kept = [LayerCache(n)] if bandwidth is None else [LayerCache(n), RingCache(bandwidth, in_order=True)]
+    for cache in kept:
+        past = PaddedLayer(cache, torch.tensor(pad), bandwidth)
+        parts = [attention(part, past) for part in x.split([max(pad) + bites[0], *bites[1:]], dim=1)]
+        out = torch.cat(parts, dim=1)
+        assert out.isfinite().all() and past.length == n
+        for b, empty in enumerate(pad):
+            torch.testing.assert_close(out[b : b + 1, empty:], attention(x[b : b + 1, empty:]))
+
+
+@quick
+@given(models, st.lists(st.integers(0, 5), min_size=1, max_size=3), st.integers(0, 99))
+def test_a_padded_reader_at_every_length(model, empty, seed):
+    """Against each text alone, without a cache: before and after the window slides."""
+    n_ctx = model.config.n_ctx
+    longest = min(n_ctx, max(empty) + 1)
+    pad = torch.tensor(empty).clamp(max=longest - 1)
+    read = PaddedReader(model, n_ctx + 5, pad)
+    text = torch.randint(model.config.vocab_size, (len(empty), n_ctx + 5), generator=dice(seed))
+    with torch.no_grad():
+        for t in range(longest, n_ctx + 5):
+            logits = read(text[:, :t])
+            for row, n in enumerate(pad.tolist()):
+                alone = last_logits(model, text[row : row + 1, n:t][:, -n_ctx:])
+                torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@quick
+@given(models, st.integers(1, 4), st.integers(1, 9))
+def test_portions_of_a_padded_prompt(model, size, t):
+    t = min(t, model.config.n_ctx)
+    tokens = torch.randint(model.config.vocab_size, (3, t), generator=dice())
+    pad = torch.tensor([0, t - 1, t // 2])
+    with torch.no_grad():
+        caches = [PaddedCache(model.config, t, pad) for _ in range(2)]
+        logits = read_in_portions(model, tokens, caches[0], size)
+        torch.testing.assert_close(logits, last_logits(model, tokens, caches[1]), atol=1e-5, rtol=1e-4)
+        for row, n in enumerate(pad.tolist()):
+            alone = last_logits(model, tokens[row : row + 1, n:])
+            torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+    assert caches[0].length == t
+
+
+def test_a_padded_prompt_is_read_in_portions_of_256_a_plain_one_at_once():
+    model, seen = lively(n_ctx=600), []
+    model.embeddings.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+    tokens = torch.ones(1, 520, dtype=torch.int64)
+    Reader(model, 600)(tokens)
+    PaddedReader(model, 600, torch.tensor([1]))(tokens)
+    assert seen == [520, 256, 256, 8]
+
+
+@pytest.mark.parametrize("n", [0, 5, 12])
+def test_what_stands_on_empty_tracks_is_never_read(n):
+    model, pad = lively(attention=("banded", "dense"), bandwidth=2), torch.tensor([2, 0, 3])
+    tokens, other = torch.randint(23, (3, 4), generator=dice()), None
+    for fill in (0, 22):
+        start = tokens.where(torch.arange(4) >= pad[:, None], fill)
+        steps = stream(PaddedReader(model, 4 + n, pad), start, n, 0, None, None, None, None)
+        new = [step.tolist() for step in steps]
+        assert other is None or new == other
+        other = new
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qkv_bias": False, "scaled": False},
+        {"activation": "relu", "position_offset": 2},
+        {"activation": "gelu", "attention": ("banded", "dense"), "bandwidth": 3},
+        {"attention": ("banded",), "bandwidth": 1},
+    ],
+)
+def test_one_step_of_padded_texts_is_last_logits(options):
+    model = lively(n_ctx=12, n_layers=3, make=OtherGPT, shape=OtherConfig, **options)
+    tokens, pad = torch.randint(23, (3, 12), generator=dice()), torch.tensor([2, 0, 1])
+    fast, slow = (PaddedCache(model.config, 12, pad) for _ in range(2))
+    with torch.no_grad():
+        for cache in (fast, slow):
+            model.hidden(tokens[:, :3], cache)
+        step = OneStep(model)
+        for t in range(3, 12):
+            new = tokens[:, t : t + 1]
+            torch.testing.assert_close(step(new, fast), last_logits(model, new, slow), atol=1e-5, rtol=1e-5)
+
+
+def test_a_padded_cache_knows_its_tracks_and_keeps_order():
+    config = GPTConfig(23, 64, 3, 8, 2, 4, attention=("banded", "dense"), bandwidth=5)
+    cache = PaddedCache(config, 20, torch.tensor([2, 0]))
+    assert cache.tracks(torch.zeros(2, 4)).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert [layer.bandwidth for layer in cache.layers] == [5, None, 5]
+    assert [layer.cache.in_order for layer in cache.layers[::2]] == [True, True]
+    lively(n_ctx=64, n_layers=3, attention=("banded", "dense"), bandwidth=5).hidden(torch.ones(2, 9).long(), cache)
+    assert cache.length == 9 and cache.tracks(torch.zeros(2, 1)).tolist() == [[7], [9]]
 
 
 # reading along ------------------------------------------------------------------------------------------------------
@@ -318,7 +478,7 @@ def test_a_search_goes_on_while_a_longer_text_can_still_win(monkeypatch):
     """The end has 0.6, going on 0.4 and then certainty: the end wins when short, not when divided by 2."""
     first, later = torch.tensor([[0.6, 0.4, 1e-9]]).log(), torch.tensor([[-99.0, 0.0, -99.0]])
     monkeypatch.setattr(Reader, "__call__", lambda self, tokens: later if tokens.shape[1] > 1 else first)
-    monkeypatch.setattr("gpt3lib.generation.KVCache.select", lambda self, rows: None)
+    monkeypatch.setattr("gpt3lib.cache.KVCache.select", lambda self, rows: None)
     model, start, settings = lively(vocab_size=3), torch.tensor([[2]]), {"width": 1, "length_penalty": 1.0, "stop": 0}
     assert beam_search(model, start, 4, **settings)[0] == [[]]
     texts, scores = beam_search(model, start, 7, **settings)
