@@ -242,7 +242,8 @@ class Map(Sheet):
         """What is drawn inside belongs to a part: its link and its colour."""
         chapter, role, title = PARTS[name]
         here = ' aria-current="page"' if name == self.lit else ""
-        self.add(f'<a href="{chapter}.ipynb" aria-label="{title}"{here}>')
+        # JupyterLab replaces the plain href of a link in a drawing by an error
+        self.add(f'<a xlink:href="{chapter}.ipynb" aria-label="{title}"{here}>')
         self.add(f"<title>{title}</title>")
         self.bright = name == self.lit
         self.role = role if self.lit in (name, None) else "untrained"
