@@ -6,7 +6,7 @@ CHAPTERS ?=
 BIN := .venv/bin
 READY := .venv/ready
 SITE := _build/html/ready
-SITE_SOURCES := _config.yml _toc.yml pyproject.toml $(wildcard book/*.ipynb book/*.md book/*.bib book/_ext/*.py) \
+SITE_SOURCES := _config.yml _toc.yml pyproject.toml $(wildcard book/*.ipynb book/*.md book/*.bib book/_ext/*.py gpt3lib/*.py) \
 	$(shell find book/_static -type f)
 
 # One thread: more of them change the seventh digit of a sum, and tiny models do not run faster on two.

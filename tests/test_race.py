@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import plain_gpt
 import race
-from gpt3lib.generation import KVCache, OneStep
+from gpt3lib.cache import KVCache, OneStep
 from gpt3lib.model import GPT, GPTConfig
 from oracles import to_gpt2
 
