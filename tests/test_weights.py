@@ -848,6 +848,9 @@ def test_what_two_models_of_one_seed_share():
     """Numbers depend on seed, name and shape, so a difference elsewhere changes none of them."""
     usual, other = GPT(GPTConfig(**SMALL), seed=5), OtherGPT(OtherConfig(**SMALL, activation="relu"), seed=5)
     assert all(torch.equal(p, q) for p, q in zip(usual.parameters(), other.parameters(), strict=True))
+    one, two = (OtherGPT(OtherConfig(**SMALL, position_offset=2), seed=5) for _ in range(2))
+    assert torch.equal(one.embeddings.wpe.weight, two.embeddings.wpe.weight)
+    assert 0.008 < one.embeddings.wpe.weight.std() < 0.012  # the shifted table begins as small as ours
 
 
 FORMULAS = {
