@@ -218,6 +218,7 @@ def test_a_ring_returns_the_end_of_the_text(n_slots, portions, in_order):
         wanted = text[:, :, max(0, at - size - n_slots + 1) : at]
         assert mask is None and keys.equal(-values) and keys.shape == wanted.shape
         if size == 1 and not in_order:  # a stable order by what was stored
+            assert keys.data_ptr() == ring.keys.data_ptr()  # the slots themselves, no copy
             keys, wanted = (x[:, :, x[0, 0, :, 0].argsort()] for x in (keys, wanted))
         assert keys.equal(wanted)
         assert ring.length == at and ring.keys.shape[2] == n_slots
