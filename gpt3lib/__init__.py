@@ -11,3 +11,24 @@ from gpt3lib.model import GPT, ConfigError, GPTConfig
 from gpt3lib.sparse_attention import PatternError
 from gpt3lib.texts import DataError
 from gpt3lib.tokenization import TokenError, Tokenizer
+
+__all__ = [
+    "ConfigError",
+    "ContextError",
+    "DataError",
+    "GPT",
+    "GPTConfig",
+    "PatternError",
+    "PromptError",
+    "TokenError",
+    "Tokenizer",
+    "WeightsError",
+    "beam_search",
+    "generate",
+    "generate_many",
+    "generate_slowly",
+    "sizes",
+    "weights",
+    "write_on",
+]
+__version__ = "0.1.0"

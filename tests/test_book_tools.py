@@ -1,60 +1,141 @@
 """The machinery around the book: the package that others install, the commands, the settings of the site."""
 
+import email
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import execute
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+VERSION = PROJECT["version"]
 WHOLE = ["gpt3lib", "data", "pyproject.toml", "README.md", "LICENSE"]
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+ALONE = ["--no-deps", "--no-index"]  # nothing else, and no network
+
+
+# --- the package that others install ---
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """gpt3lib as a wheel installs it, in a folder of its own, made from a copy of the sources."""
+def wheel(tmp_path_factory):
+    """The wheel of gpt3lib, made from a copy of the sources that holds what a checkout holds besides."""
     folder = tmp_path_factory.mktemp("wheel")
-    source, target = folder / "source", folder / "target"
+    source = folder / "source"
     source.mkdir()
     for name in WHOLE:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif (ROOT / name).exists():
+        else:
             shutil.copy(ROOT / name, source / name)
-    quiet = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "pip", "install", *quiet, "--target", target, source], check=True)
+    for stray in ("tests/test_stray.py", "gpt3lib/stray.part", "data/cache/stray.whl", "data/models/stray.zip"):
+        (source / stray).parent.mkdir(exist_ok=True)
+        (source / stray).write_text("no part of the package\n")
+    subprocess.run(
+        [*PIP, "wheel", *ALONE, "--no-build-isolation", "--wheel-dir", folder, source], check=True, cwd=folder
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A folder of its own with the wheel's package, far from the checkout."""
+    target = tmp_path_factory.mktemp("installed")
+    subprocess.run([*PIP, "install", *ALONE, "--target", target, wheel], check=True)
     return target
 
 
-def test_an_installed_package_carries_its_data(installed, tmp_path):
-    code = """if True:
-        import gpt3lib, json
-        from gpt3lib import GPT, Tokenizer, texts
-        tokenizer = Tokenizer.load(texts.DATA / "tokenizer-4353.bpe")
-        model = GPT.from_pretrained(texts.DATA / "models" / "gpt3-1m")
-        places = [gpt3lib.__file__, str(texts.DATA), str(texts.cache_folder())]
-        print(json.dumps([*places, len(texts.manifest()["packages"])]))
-        assert tokenizer.decode(tokenizer.encode("a word")) == "a word" and model.num_params() > 1e6
-    """
+def test_the_wheel_holds_the_package_its_data_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name: archive.read(name) for name in archive.namelist()}
+    expected = {f"gpt3lib/{path.name}": path for path in (ROOT / "gpt3lib").glob("*.py")}
+    data = ROOT / "data"
+    for pattern in ("manifest.toml", "*.bpe", "models/*/*.json", "models/*/*.safetensors", "experiments/*.json"):
+        expected |= {f"gpt3lib/_data/{path.relative_to(data).as_posix()}": path for path in data.glob(pattern)}
+    info = f"gpt3lib-{VERSION}.dist-info/"
+    described = {name for name in names if name.startswith(info)}
+    assert set(names) - described == set(expected)
+    assert {name for name, path in expected.items() if names[name] != path.read_bytes()} == set()
+    assert {info + "METADATA", info + "licenses/LICENSE"} <= described
+    assert len(expected) > 20 and wheel.stat().st_size < 20e6
+
+
+def test_the_wheel_asks_for_the_base_dependencies_alone(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"gpt3lib-{VERSION}.dist-info/METADATA").decode()
+    metadata = email.message_from_string(text)
+    base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert sorted(map(Requirement, base), key=str) == sorted(map(Requirement, PROJECT["dependencies"]), key=str)
+    assert metadata["Requires-Python"] == PROJECT["requires-python"] and metadata["Version"] == VERSION
+
+
+def run_elsewhere(code, package, home):
+    """What a script prints as JSON that knows the package from its folder alone, in a home of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "GPT3LIB_CACHE"}
-    environment |= {"PYTHONPATH": str(installed), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    environment |= {"PYTHONPATH": str(package), "HOME": str(home)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    package, data, cache, packages = yaml.safe_load(done.stdout)
-    assert Path(package).is_relative_to(installed) and Path(data).is_relative_to(installed)
-    assert Path(cache) == tmp_path / ".cache" / "gpt3lib"
-    assert packages == 3
+    return json.loads(done.stdout)
 
 
-def test_an_installed_package_is_small_and_holds_no_cache(installed):
-    files = [path for path in installed.rglob("*") if path.is_file()]
-    assert not [path for path in files if path.suffix == ".whl" or "cache" in path.parts]
-    assert sum(path.stat().st_size for path in files) < 20e6
+def test_an_installed_package_works_elsewhere(installed, tmp_path):
+    code = """if True:
+        import importlib.metadata, json, gpt3lib, torch
+        from gpt3lib import texts
+        tokenizer = gpt3lib.Tokenizer.load(texts.DATA / "tokenizer-4353.bpe")
+        model = gpt3lib.GPT.from_pretrained(texts.DATA / "models" / "gpt3-1m")
+        prompt = torch.tensor([tokenizer.encode("And it came to pass")])
+        tokens = gpt3lib.generate(model, prompt, max_new_tokens=8, temperature=0)
+        model.save_pretrained("copy")
+        again = gpt3lib.generate(gpt3lib.GPT.from_pretrained("copy"), prompt, max_new_tokens=8, temperature=0)
+        print(json.dumps({
+            "places": [gpt3lib.__file__, str(texts.DATA)],
+            "cache": str(texts.cache_folder()),
+            "packages": len(texts.manifest()["packages"]),
+            "versions": [gpt3lib.__version__, importlib.metadata.version("gpt3lib")],
+            "texts": [tokenizer.decode(made[0].tolist()) for made in (tokens, again)],
+        }))
+    """
+    found = run_elsewhere(code, installed, tmp_path)
+    assert all(Path(place).is_relative_to(installed) for place in found["places"])
+    assert Path(found["cache"]) == tmp_path / ".cache" / "gpt3lib"
+    assert found["packages"] == 3 and found["versions"] == [VERSION, VERSION]
+    assert found["texts"] == ["And it came to pass, and came to the king's house,"] * 2
+
+
+def test_every_module_of_an_installed_package_imports(installed, tmp_path):
+    code = """if True:
+        import importlib, json, pathlib, sys, gpt3lib
+        names = sorted(path.stem for path in pathlib.Path(gpt3lib.__file__).parent.glob("*.py"))
+        for name in names:
+            importlib.import_module("gpt3lib" if name == "__init__" else f"gpt3lib.{name}")
+        heavy = {"transformers", "IPython", "pytest", "nbformat"} & set(sys.modules)
+        print(json.dumps([names, sorted(heavy)]))
+    """
+    names, heavy = run_elsewhere(code, installed, tmp_path)
+    assert names == sorted(path.stem for path in (ROOT / "gpt3lib").glob("*.py")) and heavy == []
+
+
+def test_one_version_in_all_papers():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == VERSION
+    assert re.search(
+        rf"^## \[{re.escape(VERSION)}\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+
+# --- the commands and the settings ---
 
 
 def test_every_command_is_explained():
