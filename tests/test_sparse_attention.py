@@ -22,6 +22,8 @@ from gpt3lib.sparse_attention import (
     check_whole,
     fixed_masks,
     flex_mask,
+    in_blocks,
+    look_in_blocks,
     pick_way,
     reach,
     strided_masks,
@@ -50,15 +52,16 @@ def by_hand(q, k, v, W, scale=None):
 
 
 class Kept:
-    """The least that forward's cache must be; `most` is how many tracks it remembers."""
+    """The least that forward's past must be; `most`: how many tracks it remembers; rule: makes a mask for its keys."""
 
-    def __init__(self, most=10**6):
-        self.k, self.v, self.length, self.most = [], [], 0, most
+    def __init__(self, most=10**6, rule=None):
+        self.pairs, self.most, self.rule = [], most, rule
 
     def append(self, k, v):
-        self.k, self.v, self.length = [*self.k, k], [*self.v, v], self.length + k.shape[2]
-        new = k.shape[2]
-        return tuple(torch.cat(x, dim=2)[:, :, -(self.most + new - 1) :] for x in (self.k, self.v))
+        self.pairs.append((k, v))
+        recent = self.most + k.shape[2] - 1
+        k, v = (torch.cat(parts, dim=2)[:, :, -recent:] for parts in zip(*self.pairs))
+        return k, v, self.rule and self.rule(k.shape[2])
 
 
 # --- the masks ---
@@ -79,6 +82,19 @@ def test_the_last_queries_of_a_band(n_keys):
             past = n_keys - n_queries
             rule = [[0 <= past + i - j < W for j in range(n_keys)] for i in range(n_queries)]
             assert banded_mask(n_queries, n_keys, W).tolist() == rule
+
+
+@pytest.mark.parametrize("W", [1, 4, 16, 99])
+def test_others_count_the_query_itself_too(W):
+    """GPT-Neo and gpt-oss, as transformers has them, mean by a window of W what we mean by a band of W."""
+    from transformers import GPTNeoConfig
+    from transformers.masking_utils import sliding_window_causal_mask_function
+    from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+
+    config = GPTNeoConfig(window_size=W, max_position_embeddings=16, hidden_size=16, num_heads=2)
+    assert GPTNeoSelfAttention(config, "local", 0).bias[0, 0].equal(banded_mask(16, 16, W))
+    places = torch.arange(16)
+    assert sliding_window_causal_mask_function(W)(0, 0, places[:, None], places).equal(banded_mask(16, 16, W))
 
 
 @pytest.mark.parametrize("n", range(1, 25))
@@ -224,20 +240,6 @@ def test_a_band_over_everything_is_dense():
             torch.testing.assert_close(attend_in_band(q, k, v, W, how=how), attend(q, k, v))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 12), st.integers(0, 9), st.integers(1, 25), st.data())
-def test_empty_tracks_are_hidden(n_queries, past, W, data):
-    n_keys = n_queries + past
-    pad = data.draw(st.lists(st.integers(0, n_keys - 1), min_size=3, max_size=3))
-    q, k, v = inputs(3, 2, n_queries, n_keys)
-    out = attend_in_band(q, k, v, W, pad=torch.tensor(pad))
-    assert out.isfinite().all()
-    for b, empty in enumerate(pad):
-        skipped = max(0, empty - past)  # queries on empty tracks
-        wanted = by_hand(q[b : b + 1, :, skipped:], k[b : b + 1, :, empty:], v[b : b + 1, :, empty:], W)
-        torch.testing.assert_close(out[b : b + 1, :, skipped:], wanted)
-
-
 # --- which way is taken ---
 
 
@@ -273,6 +275,26 @@ def test_flex_is_for_gpus_that_can_compile_it(monkeypatch, cuda, triton, way):
     assert (
         pick_way(types.SimpleNamespace(is_cuda=bool(cuda), shape=(1, 1, 5, 8))) == "blocks"
     )  # its heads are too narrow
+
+
+def test_one_new_query_takes_the_mask():
+    assert pick_way(torch.empty(2, 2, 1, 64)) == "mask"  # one row of scores: nothing to cut
+
+
+@pytest.mark.parametrize(("n", "size", "W"), [(1, 4, 4), (2, 4, 1), (5, 4, 3), (3, 8, 8)])
+def test_blocks_see_themselves_and_the_one_before(n, size, W):
+    q, k, v = inputs(2, 3, n * size, n * size)
+    cut = (x.reshape(6, n, size, 4) for x in (q, k, v))  # (B · H, n, size, d)
+    torch.testing.assert_close(look_in_blocks(*cut, W).reshape(q.shape), by_hand(q, k, v, W))
+
+
+@pytest.mark.parametrize("T", [1, 5, 8, 9])
+def test_cut_into_blocks_with_zeros_behind(T):
+    x = normal(2, 3, T, 4)
+    cut = in_blocks(x, 4)
+    assert cut.shape == (6, -(-T // 4), 4, 4)
+    row = cut.reshape(2, 3, -1, 4)
+    assert row[:, :, :T].equal(x) and not row[:, :, T:].any()
 
 
 class Sizes(TorchDispatchMode):
@@ -366,9 +388,6 @@ def test_other_named_errors():
         fixed_masks(8, 4, 3)
     with pytest.raises(PatternError, match="how is 'fast'; there are mask, blocks, flex and auto"):
         attend_in_band(q, k, v, 2, how="fast")
-    for how in ("blocks", "flex"):
-        with pytest.raises(PatternError, match=f"how is '{how}', but only the mask hides empty tracks"):
-            attend_in_band(q, k, v, 2, pad=torch.zeros(1, dtype=torch.long), how=how)
     with pytest.raises(ValueError, match="3 queries but only 2 keys"):
         banded_mask(3, 2, 1)
     assert issubclass(PatternError, ValueError)
@@ -377,14 +396,15 @@ def test_other_named_errors():
 # --- the layer ---
 
 
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("scale", [None, 1.0])
 @pytest.mark.parametrize("W", [1, 5, 32, 40])
-def test_the_layer_is_its_formula(scaled, W):
+def test_the_layer_is_its_formula(scale, W):
     torch.manual_seed(W)
-    layer = BandedSelfAttention(12, 2, 4, W, scaled=scaled).double()
+    layer = BandedSelfAttention(12, 2, 4, W).double()
+    layer.scale = scale or layer.scale
     x = normal(2, 37, 12)
     q, k, v = (w(x).reshape(2, 37, 2, 4).transpose(1, 2) for w in (layer.wq, layer.wk, layer.wv))
-    wanted = layer.wo(by_hand(q, k, v, W, None if scaled else 1.0).transpose(1, 2).reshape(2, 37, 8))
+    wanted = layer.wo(by_hand(q, k, v, W, scale).transpose(1, 2).reshape(2, 37, 8))
     for how in ("auto", "mask", "blocks"):
         layer.how = how
         torch.testing.assert_close(layer(x), wanted)
@@ -396,9 +416,9 @@ def test_the_layer_is_its_formula(scaled, W):
 
 
 def test_the_layer_has_the_dense_layers_parameters():
-    dense, banded = CausalSelfAttention(12, 3, 4, qkv_bias=False), BandedSelfAttention(12, 3, 4, 5, qkv_bias=False)
+    dense, banded = CausalSelfAttention(12, 3, 4).double(), BandedSelfAttention(12, 3, 4, 5).double()
     banded.load_state_dict(dense.state_dict())
-    x = torch.randn(1, 9, 12)
+    x = normal(1, 9, 12)
     moved = (dense(x) - banded(x)).abs().amax(dim=-1)[0] > 1e-7
     assert moved.tolist() == [False] * 5 + [True] * 4
 
@@ -412,16 +432,15 @@ def test_in_bites_with_a_cache_equals_all_at_once(bites, W, forgets):
     torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x))
 
 
-@pytest.mark.parametrize("forgets", [False, True])
-def test_empty_tracks_through_the_layer_and_its_cache(forgets):
-    layer, W = BandedSelfAttention(8, 2, 4, 4).double(), 4
-    x, pad = normal(3, 14, 8), torch.tensor([0, 3, 6])
-    whole, cache = layer(x, pad=pad), Kept(W if forgets else 10**6)
-    pieces = torch.cat([layer(piece, cache, pad) for piece in x.split([8, 1, 3, 2], dim=1)], dim=1)
-    for b, empty in enumerate(pad.tolist()):
-        alone = layer(x[b : b + 1, empty:])
-        torch.testing.assert_close(whole[b : b + 1, empty:], alone)
-        torch.testing.assert_close(pieces[b : b + 1, empty:], alone)
+def test_a_mask_from_the_past_takes_the_bands_place():
+    """Whoever keeps the past may know better than the band: here every second key is hidden, however far."""
+    torch.manual_seed(0)
+    layer, x = BandedSelfAttention(8, 2, 4, 2).double(), normal(2, 6, 8)
+    rule = lambda n_keys: torch.ones(6, n_keys, dtype=torch.bool).tril() & (torch.arange(n_keys) % 2 == 0)
+    dense = CausalSelfAttention(8, 2, 4).double()
+    dense.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x, Kept(rule=rule)), dense(x, Kept(rule=rule)))
+    assert (layer(x, Kept(rule=rule)) - layer(x)).abs().amax() > 1e-3
 
 
 @pytest.mark.parametrize(("n_layers", "W"), [(1, 1), (1, 6), (2, 6), (3, 6), (4, 2)])
@@ -448,11 +467,12 @@ def test_transformers_gpt_neo_outputs_and_gradients(kind, T):
     )  # fmt: skip
     torch.manual_seed(2)
     theirs = GPTNeoAttention(config, layer_id=0)
-    options = {"qkv_bias": False, "scaled": False}
-    ours = BandedSelfAttention(24, 3, 8, 7, **options) if kind == "local" else CausalSelfAttention(24, 3, 8, **options)
+    ours = BandedSelfAttention(24, 3, 8, 7) if kind == "local" else CausalSelfAttention(24, 3, 8)
+    ours.scale = 1.0  # GPT-Neo does not divide, and has no biases on queries, keys and values
     names = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "out_proj"}
-    ours.load_state_dict({f"{a}.weight": getattr(theirs.attention, b).weight for a, b in names.items()} | {
-        "wo.bias": theirs.attention.out_proj.bias})  # fmt: skip
+    state = {f"{a}.weight": getattr(theirs.attention, b).weight for a, b in names.items()}
+    state |= {f"{a}.bias": torch.zeros(24) for a in ("wq", "wk", "wv")} | {"wo.bias": theirs.attention.out_proj.bias}
+    ours.load_state_dict(state)
     x1, x2 = (torch.randn(2, T, 24, generator=torch.Generator().manual_seed(3)).requires_grad_() for _ in range(2))
     y1, y2 = ours(x1), theirs(x2)[0]
     torch.testing.assert_close(y1, y2, atol=1e-5, rtol=1e-5)
