@@ -5,7 +5,7 @@ Each is (module, what stands there, what to put instead), and what stands there 
 
 BY_HAND = [
     ("texts", " --hash=sha256:{sha256}", ""),
-    ("texts", '"--no-deps",', ""),
+    ("texts", ', "--no-deps"]', "]"),
     ("texts", '"--only-binary=:all:",', ""),
     ("texts", 'os.environ.get("GPT3LIB_CACHE")', 'os.environ.get("GPT3_CACHE")'),
     ("texts", 'm[1].strip("[] ")', "m[1]"),
@@ -17,4 +17,5 @@ BY_HAND = [
     ("tokenization", r"| ?\p{N}+|", r"| ?\p{N}|"),
     ("tokenization", 'decode("utf-16", "replace")', 'decode("utf-16", "ignore")'),
     ("tokenization", 'errors="replace")', 'errors="ignore")'),
+    ("tokenization", " or left + right in known", ""),
 ]
