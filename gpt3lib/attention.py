@@ -1,6 +1,6 @@
 """How a token looks back: self-attention, from one dot product to a layer of heads."""
 
-# Made from book/04_attention.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/04_attention.ipynb by tools/export.py; edit the chapter.
 import math
 
 import torch

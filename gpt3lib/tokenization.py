@@ -1,7 +1,7 @@
 """Text in, token ids out, and back without a loss: byte-level BPE, trained here and
 equal to GPT-2's."""
 
-# Made from book/02_tokenization.ipynb by tools/export.py; edit the chapter, not this file.
+# Made from book/02_tokenization.ipynb by tools/export.py; edit the chapter.
 import heapq
 import zipfile
 from collections import Counter, defaultdict
