@@ -1,4 +1,5 @@
-"""The whole model: one layer, the stack of them, how its numbers begin, and the loss."""
+"""The whole model: one layer, the stack of them, how its numbers begin, and the
+loss."""
 
 # Made from book/06_decoder.ipynb by tools/export.py; edit the chapter.
 import hashlib

@@ -1,4 +1,5 @@
-"""Eight sizes of GPT-3 and five smaller ones, counted, and where the 175 billion live."""
+"""Eight sizes of GPT-3 and five smaller ones, counted, and where the 175 billion
+live."""
 
 # Made from book/07_sizes.ipynb by tools/export.py; edit the chapter.
 from gpt3lib.model import SIZES

@@ -1,5 +1,5 @@
-"""Where the book's text comes from: a manifest, a hash for every file, and a folder on
-your disk."""
+"""Where the book's text comes from: a manifest, a hash for every file, and a folder
+on your disk."""
 
 # Made from book/c_texts.ipynb by tools/export.py; edit the chapter.
 import os

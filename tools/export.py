@@ -118,7 +118,7 @@ def source_of(notebook, name: str) -> str:
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise ExportError(f"exports {', '.join(twice)} twice; a name lives in one cell")
-    docstring = textwrap.fill(first_paragraph(notebook), 84)
+    docstring = textwrap.fill(first_paragraph(notebook), 82)
     head = f'"""{docstring}"""\n\n{origin(name)}' + "\n".join(dict.fromkeys(imports))
     return format_source("\n\n\n".join([head, *filter(None, bodies)]) + "\n")
 
