@@ -18,11 +18,11 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make book      build the site and print its address"
-	@echo "make test      build the site, run every test and every notebook, compare every output"
+	@echo "make test      build the site, run every test and every notebook, compare their outputs"
 	@echo "make lab       open the chapters in JupyterLab"
 	@echo "make export    write gpt3lib/ from the chapters' exported cells"
 	@echo "make execute   run the chapters and store their outputs; CHAPTERS=\"04_attention\" runs some"
-	@echo "make form      measure every chapter: words, lines, widths, cells; say which limit is broken"
+	@echo "make form      measure every chapter: words, lines, widths, cells; say which limit is broken; CHAPTERS=… as above"
 	@echo "make check     style, gpt3lib in step with the chapters, form of the notebooks: seconds"
 	@echo "make race      gpt3lib beside transformers and plain PyTorch: speed and memory; PARTS=\"step decode\" runs some"
 	@echo "make clean     remove the environment and everything that was built"

@@ -173,6 +173,17 @@ def test_the_continuous_build_runs_the_two_commands():
     assert workflow["jobs"]["test"]["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest"]
 
 
+def test_the_continuous_build_tries_the_commands_without_make():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```\n(py -m venv.*?)```", readme, re.DOTALL)
+    told = [
+        line.replace("py -m venv", "python -m venv") for line in block.splitlines() if not line.endswith("lab book")
+    ]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["windows"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == told
+
+
 @pytest.mark.parametrize("tool", ["execute", "export"])
 def test_a_chapter_that_is_not_there_is_refused(tool):
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "99_nothing"]
