@@ -35,8 +35,7 @@ TINY = GPTConfig(vocab_size=31, n_ctx=8, n_layers=2, d_model=16, n_heads=2, d_he
 
 
 def model_of(seed: int = 0, config: GPTConfig = TINY) -> GPT:
-    torch.manual_seed(seed)
-    return GPT(config)
+    return GPT(config, seed)
 
 
 def text_of(length: int, vocab_size: int = 31, seed: int = 1) -> torch.Tensor:
