@@ -13,11 +13,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
 
 import execute
 from form import tags
-from test_site import NAMES, OFFLINE, missing
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 CHAPTER = "01_one_parameter"
@@ -68,8 +66,6 @@ def free_port():
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """The address of a JupyterLab on a copy of the chapters, with settings and state of its own."""
-    if not shutil.which("jupyter-lab", path=Path(sys.executable).parent):
-        missing("the chapters are not opened in JupyterLab: it is not installed")
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(BOOK, folder / "book", ignore=shutil.ignore_patterns("_*", ".*"))
     for name, values in SETTINGS.items():
@@ -116,27 +112,22 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cells(lab):
+def cells(browser, lab):
     """The chapter's cells in JupyterLab before and after all of them ran."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if not found:
-        missing(f"the chapters are not opened in JupyterLab: no browser found (looked for {', '.join(NAMES[:3])})")
     stored = nbformat.read(BOOK / f"{CHAPTER}.ipynb", as_version=4).cells
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=OFFLINE)
-        page = browser.new_page(viewport={"width": 1300, "height": 900})
-        foreign = []
-        page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith((lab, "data:", "blob:")) else None)
-        page.goto(f"{lab}/lab/tree/{CHAPTER}.ipynb?reset")
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        page.get_by_text(re.compile(r"\| Idle$")).first.wait_for(timeout=60_000)  # the kernel is there
-        before = page.evaluate(FACTS)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        open_cells = [cell for cell in stored if cell.cell_type == "code" and not is_hidden(cell)]
-        page.wait_for_function(FINISHED, arg=len(open_cells), timeout=SECONDS * 1000)
-        after = page.evaluate(FACTS)
-        browser.close()
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    foreign = []
+    page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith((lab, "data:", "blob:")) else None)
+    page.goto(f"{lab}/lab/tree/{CHAPTER}.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.get_by_text(re.compile(r"\| Idle$")).first.wait_for(timeout=60_000)  # the kernel is there
+    before = page.evaluate(FACTS)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    open_cells = [cell for cell in stored if cell.cell_type == "code" and not is_hidden(cell)]
+    page.wait_for_function(FINISHED, arg=len(open_cells), timeout=SECONDS * 1000)
+    after = page.evaluate(FACTS)
+    page.close()
     assert len(before) == len(after) == len(stored)
     assert foreign == []
     return list(zip(stored, before, after))

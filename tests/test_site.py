@@ -2,9 +2,7 @@
 
 import functools
 import http.server
-import os
 import re
-import shutil
 import subprocess
 import threading
 from collections import namedtuple
@@ -12,25 +10,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
 
 import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
-NAMES = [
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-]
-OFFLINE = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 CHAPTERS = execute.chapters()
 REPOSITORY = execute.settings()["repository"]["url"]
 WIDE = 1280
@@ -88,25 +72,6 @@ FACTS = """() => {
             .map((e) => e.innerText.slice(0, 80)),
     };
 }"""
-
-
-def missing(reason):
-    """Skip, or fail where a browser must be there."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """The Chromium of the system, one for all tests."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if not found:
-        missing(f"the pages are not tested: no browser found (looked for {', '.join(NAMES[:3])})")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=OFFLINE)
-        yield browser
-        browser.close()
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
