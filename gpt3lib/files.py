@@ -4,6 +4,7 @@ tensors."""
 # Made from book/d_files.ipynb by tools/export.py; edit the chapter.
 import hashlib
 import json
+import numbers
 import os
 import re
 from collections.abc import Callable
@@ -230,3 +231,19 @@ def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Pa
     if folder.is_dir() or isinstance(path_or_name, Path) or not is_name:
         return folder
     return find_on_hub(name, check)
+
+
+def is_whole(value, least: int = 1) -> bool:
+    """Whether a value is a whole number, Python's or numpy's, of at least `least`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and value >= least
+
+
+def pick_device() -> torch.device:
+    """A CUDA card, else Apple's MPS, else the CPU; GPT3LIB_DEVICE names another."""
+    name = os.environ.get("GPT3LIB_DEVICE")
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    elif name is None and torch.backends.mps.is_available():
+        name = "mps"
+    return torch.device(name or "cpu")

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,8 @@ from gpt3lib.files import (
     MODEL,
     WeightsError,
     find_folder,
+    is_whole,
+    pick_device,
     read_tensors,
     scan,
     scan_folder,
@@ -344,3 +347,26 @@ def test_a_folder_comes_first_and_a_file_is_none(tmp_path, monkeypatch, hub):
     assert find_folder("gpt2", pytest.fail) == Path("gpt2") and hub[0] == []
     (tmp_path / "x").write_bytes(b"")
     assert complaint(find_folder, tmp_path / "x", print).endswith("is a file; give the folder that it lies in")
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(3), np.uint8(2)])
+def test_a_whole_number_of_python_or_numpy(value):
+    assert is_whole(value)
+    assert is_whole(value, least=0)
+    assert not is_whole(value, least=int(value) + 1)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 1.0, np.float32(2), "1", None, float("nan"), 0, -1])
+def test_no_whole_number_of_at_least_one(value):
+    assert not is_whole(value)
+
+
+def test_the_device_is_the_fastest_there_is_or_the_one_that_is_named(monkeypatch):
+    monkeypatch.delenv("GPT3LIB_DEVICE", raising=False)
+    for cuda, mps, name in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert pick_device() == torch.device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("GPT3LIB_DEVICE", "meta")
+    assert pick_device() == torch.device("meta")

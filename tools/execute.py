@@ -27,6 +27,7 @@ TIMES = ROOT / "book" / "run_times.json"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "GPT3LIB_DEVICE": "cpu",  # stored outputs are a processor's
     "HF_HUB_OFFLINE": "1",  # a chapter that would fetch a model shows what it says without a network
     "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm asks for widgets; the book prints plain text
 }
