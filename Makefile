@@ -2,6 +2,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 CHAPTERS ?=
+PROCESSORS ?=
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -13,12 +14,13 @@ SITE_SOURCES := _config.yml _toc.yml pyproject.toml $(wildcard book/*.ipynb book
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help book test lab export execute form check race clean
+.PHONY: help book test test-elsewhere lab export execute form check race clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make book      build the site and print its address"
 	@echo "make test      build the site, run every test and every notebook, compare their outputs"
+	@echo "make test-elsewhere   every notebook as three other processors would run it, and on more threads; half an hour"
 	@echo "make lab       open the chapters in JupyterLab"
 	@echo "make export    write gpt3lib/ from the chapters' exported cells"
 	@echo "make execute   run the chapters and store their outputs; CHAPTERS=\"04_attention\" runs some"
@@ -49,6 +51,11 @@ book: $(SITE)
 test: $(SITE)
 	@echo "==> tests, and every notebook once more"
 	@$(BIN)/python -m pytest -n $(JOBS) --durations=8
+
+# PROCESSORS="avx2" picks some
+test-elsewhere: $(READY)
+	@echo "==> every notebook as other processors would run it"
+	@$(BIN)/python tools/elsewhere.py --jobs $(JOBS) $(PROCESSORS)
 
 lab: $(READY)
 	@echo "==> JupyterLab on the chapters; Ctrl-C ends it"

@@ -4,6 +4,7 @@ python benchmarks/race.py                all parts, some minutes
 python benchmarks/race.py step decode    these parts: step, bf16, long, decode, flat, memory, compile
 python benchmarks/race.py --store        also write data/experiments/race.json, which the book shows
 
+Each line is printed as soon as it is known. What a processor cannot do is left out, with the reason.
 Every contestant has the same shape and gets the same tokens; dropout is off, AdamW is fused for all.
 FLOPs are counted twice: `dense` is the usual 6 N + 12 L d T for each token, whatever the layers do; `actual`
 counts the scores that a causal or banded query really has. The second is what is compared with the matmul peak.
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,11 +61,42 @@ def race(contestants: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def matmul_peak(dtype: torch.dtype, n: int = 1024) -> float:
-    """FLOP/s of an n × n product, the best of twenty: what this processor can do on a good day."""
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    seconds = min(race({"": lambda: a @ b}, 1)[""] for _ in range(20))
-    return 2 * n**3 / seconds
+class Peak:
+    """The most FLOP/s that a matrix product reached: a guest in a race, as a processor's speed changes by the minute.
+
+    Called once in each round, it multiplies square matrices of some sizes, a few times each.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, sizes=(512, 1024, 1536)):
+        self.pairs = [(torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)) for n in sizes]
+        self.flops = 0.0  # per second
+
+    def __call__(self) -> None:
+        for a, b in self.pairs:
+            for _ in range(4):
+                start = time.perf_counter()
+                a @ b
+                self.flops = max(self.flops, 2 * len(a) ** 3 / (time.perf_counter() - start))
+
+
+def slow_bf16(n: int = 512, limit: float = 4.0) -> str:
+    """Why bfloat16 is left out on this processor: its products are emulated. Empty where they are not."""
+    products = {}
+    for name, kind in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        a, b = torch.randn(n, n).to(kind), torch.randn(n, n).to(kind)
+        products[name] = functools.partial(torch.mm, a, b)
+    seconds = race(products, 5)
+    ratio = seconds["bfloat16"] / seconds["float32"]
+    return (
+        f"a product in bfloat16 takes {ratio:.0f} × one in float32 here: no bf16 instructions" if ratio > limit else ""
+    )
+
+
+def race_with_peak(contestants: dict, rounds: int, dtype: torch.dtype = torch.float32) -> tuple[dict, float]:
+    """The race, and the FLOP/s of a matrix product between the contestants' turns."""
+    peak = Peak(dtype)
+    seconds = race(contestants | {"": peak}, rounds)
+    return {name: seconds[name] for name in contestants}, peak.flops
 
 
 def step_flops(config: GPTConfig, n_texts: int, n_tokens: int) -> tuple[float, float]:
@@ -77,16 +110,20 @@ def step_flops(config: GPTConfig, n_texts: int, n_tokens: int) -> tuple[float, f
     return dense, 6 * n * tokens + 3 * n_texts * scores
 
 
-def report(title: str, seconds: dict, us: str = "gpt3lib", flops=None, peak: float | None = None) -> dict:
+def say(*words: str, end: str = "\n") -> None:
+    """Print at once: whoever waits sees what is being measured."""
+    print(*words, end=end, flush=True)
+
+
+def report(seconds: dict, us: str = "gpt3lib", flops=None, peak: float | None = None) -> dict:
     """Print one part as a table, ratios to `us`, and return it for the file."""
-    print(f"\n{title}")
     for name, s in seconds.items():
         line = f"  {name:34} {1e3 * s:9.1f} ms   {s / seconds[us]:5.2f} × {us}"
         if flops and name == us:
             dense, actual = flops
             line += f"   {actual / s / 1e9:.0f} GFLOP/s actual, {dense / s / 1e9:.0f} dense-equivalent"
-            line += f", {actual / s / peak:.0%} of the matmul peak"
-        print(line, flush=True)
+            line += f", {actual / s / peak:.0%} of the matmul peak of {peak / 1e9:.0f}"
+        say(line)
     return {"ms": {name: round(1e3 * s, 2) for name, s in seconds.items()}}
 
 
@@ -158,19 +195,24 @@ def text(vocab_size: int, n_texts: int, n_tokens: int) -> tuple[torch.Tensor, to
 
 def step(rounds: int = 12, bf16: bool = False) -> dict:
     """A training step, 6 layers × 384, T = 256, vocabulary 4,096, 8 texts."""
+    kind = "bf16 autocast" if bf16 else "float32"
+    say(f"\ntraining step, 6 × 384, B = 8, T = 256, V = 4096, {kind}: {rounds} rounds")
     models = {"gpt3lib": ours(4096, 256, ("dense",)), "plain PyTorch": PlainGPT(4096, 256, **SHAPE)}
     models["transformers GPT-2"] = gpt2(4096, 256)
     x, y = text(4096, 8, 256)
-    seconds = race({name: training_step(model, x, y, bf16) for name, model in models.items()}, rounds)
-    kind = torch.bfloat16 if bf16 else torch.float32
-    flops, peak = step_flops(models["gpt3lib"].config, 8, 256), matmul_peak(kind)
-    title = f"training step, 6 × 384, B = 8, T = 256, V = 4096, {'bf16 autocast' if bf16 else 'float32'}"
-    found = report(f"{title} (matmul peak {peak / 1e9:.0f} GFLOP/s)", seconds, flops=flops, peak=peak)
+    steps = {name: training_step(model, x, y, bf16) for name, model in models.items()}
+    seconds, peak = race_with_peak(steps, rounds, torch.bfloat16 if bf16 else torch.float32)
+    flops = step_flops(models["gpt3lib"].config, 8, 256)
+    found = report(seconds, flops=flops, peak=peak)
     return found | {"peak": round(peak), "flops": {"dense": flops[0], "actual": flops[1]}}
 
 
 def bf16() -> dict:
-    """The same under bfloat16 autocast."""
+    """The same under bfloat16 autocast, where the processor can."""
+    reason = slow_bf16()
+    if reason:
+        say(f"\ntraining step, bf16 autocast: left out; {reason}")
+        return {"left out": reason}
     return step(bf16=True)
 
 
@@ -178,6 +220,8 @@ def long() -> dict:
     """Training steps of alternating stacks: T = 2,048 with 6 layers, T = 8,192 with 2 (theirs needs 14 GB there)."""
     found = {}
     for n_tokens, n_layers, rounds in ((2048, 6, 3), (8192, 2, 2)):
+        title = f"training step, alternating, {n_layers} × 384, B = 1, T = {n_tokens}, band 256"
+        say(f"\n{title}: {rounds} rounds")
         x, y = text(4096, 1, n_tokens)
         runs = {
             "gpt3lib": ours(4096, n_tokens, n_layers=n_layers),
@@ -185,14 +229,15 @@ def long() -> dict:
             "transformers GPT-Neo": gpt_neo(4096, n_tokens, n_layers),
         }
         flops = step_flops(runs["gpt3lib"].config, 1, n_tokens)
-        seconds = race({name: training_step(model, x, y) for name, model in runs.items()}, rounds)
-        title = f"training step, alternating, {n_layers} × 384, B = 1, T = {n_tokens}, band 256"
-        found[n_tokens] = report(title, seconds, flops=flops, peak=matmul_peak(torch.float32))
+        steps = {name: training_step(model, x, y) for name, model in runs.items()}
+        seconds, peak = race_with_peak(steps, rounds)
+        found[n_tokens] = report(seconds, flops=flops, peak=peak)
     return found
 
 
 def decode(n_new: int = 256) -> dict:
     """Greedy text with a cache, one text, 16 tokens in and 256 out."""
+    say(f"\ncached greedy decoding, 6 × 384, V = 4096, {n_new} new tokens: 5 rounds")
     models = {"gpt3lib": ours(4096, 512, ("dense",)).eval(), "transformers GPT-2": gpt2(4096, 512).eval()}
     prompt = text(4096, 1, 16)[0]
     theirs = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
@@ -204,10 +249,8 @@ def decode(n_new: int = 256) -> dict:
         5,
     )
     weights = 4 * models["gpt3lib"].num_params()
-    found = report(f"cached greedy decoding, 6 × 384, V = 4096, {n_new} new tokens", seconds)
-    print(
-        f"  each token reads {weights / 1e6:.0f} MB of weights: {weights * n_new / seconds['gpt3lib'] / 1e9:.1f} GB/s"
-    )
+    found = report(seconds)
+    say(f"  each token reads {weights / 1e6:.0f} MB of weights: {weights * n_new / seconds['gpt3lib'] / 1e9:.1f} GB/s")
     return found
 
 
@@ -215,15 +258,17 @@ def decode(n_new: int = 256) -> dict:
 def flat() -> dict:
     """Milliseconds for one more token after 256 … 8,192, dense and banded layers."""
     found = {}
-    print("\none more token, 6 × 384, milliseconds after n tokens")
+    say("\none more token, 6 × 384, milliseconds after n tokens")
     for name, kinds in {"dense": ("dense",), "alternating": ("dense", "banded"), "banded": ("banded",)}.items():
         model, times = ours(4096, 8200, kinds).eval(), {}
         new, take = torch.zeros(1, 1, dtype=torch.int64), OneStep(model)
+        say(f"  {name:12}", end="")
         for n in (256, 1024, 4096, 8192):
             cache = KVCache(model.config, 8200)
             model.hidden(torch.zeros(1, n - 60, dtype=torch.int64), cache)
             times[n] = 1e3 * race({"": functools.partial(take, new, cache)}, 25)[""]
-        print(f"  {name:12}", "  ".join(f"{n}: {ms:.2f}" for n, ms in times.items()), flush=True)
+            say(f"  {n}: {times[n]:.2f}", end="")
+        say()
         found[name] = {str(n): round(ms, 3) for n, ms in times.items()}
     return found
 
@@ -275,22 +320,28 @@ def one_peak(which: str, kinds: str) -> None:
 def memory() -> dict:
     """Peak memory and time of the loss alone, and of whole steps with four texts, naive and ours. Linux only."""
     if sys.platform != "linux":
-        print("\npeak memory: measured on Linux only")
-        return {}
+        say("\npeak memory: left out; it is measured on Linux only")
+        return {"left out": "measured on Linux only"}
     found = {}
-    print("\npeak memory at V = 50,257, T = 2,048: MiB above the model, seconds")
+    say("\npeak memory at V = 50,257, T = 2,048: MiB above the model, seconds")
     cases = {"the loss alone": "", "a step of gpt3-1m": "gpt3-1m"}
     cases |= {"a step, dense, B = 4": "dense", "a step, alternating, B = 4": "dense,banded"}
     for title, kinds in cases.items():
-        naive, our = peak_of("naive", kinds), peak_of("gpt3lib", kinds)
-        print(f"  {title:28} naive {naive[0]:6.0f}, {naive[1]:.2f} s   gpt3lib {our[0]:6.0f}, {our[1]:.2f} s", end="")
-        print(f"   memory {our[0] / naive[0]:.2f}, time {our[1] / naive[1]:.2f}", flush=True)
+        naive = peak_of("naive", kinds)
+        say(f"  {title:28} naive {naive[0]:6.0f}, {naive[1]:.2f} s", end="")
+        our = peak_of("gpt3lib", kinds)
+        say(f"   gpt3lib {our[0]:6.0f}, {our[1]:.2f} s   memory {our[0] / naive[0]:.2f}, time {our[1] / naive[1]:.2f}")
         found[title] = {"naive": [round(v, 2) for v in naive], "gpt3lib": [round(v, 2) for v in our]}
     return found
 
 
 def compiled() -> dict:
     """A training step with torch.compile; it needs a C++ compiler, and a minute first."""
+    compilers = [os.environ.get("CXX", "g++"), "clang++", "cl"]
+    if not any(map(shutil.which, compilers)):
+        say("\ntraining step, compiled: left out; there is no C++ compiler")
+        return {"left out": "no C++ compiler"}
+    say("\ntraining step, float32, eager and compiled: compiling")
     model = ours(4096, 256, ("dense",))
     x, y = text(4096, 8, 256)
     fast = ours(4096, 256, ("dense",))
@@ -298,8 +349,8 @@ def compiled() -> dict:
     start = time.perf_counter()
     runs = {"gpt3lib": training_step(model, x, y), "gpt3lib, blocks compiled": training_step(fast, x, y)}
     runs["gpt3lib, blocks compiled"]()
-    print(f"\ncompiling took {time.perf_counter() - start:.0f} s")
-    return report("training step, float32, eager and compiled", race(runs, 5))
+    say(f"  compiling took {time.perf_counter() - start:.0f} s")
+    return report(race(runs, 5))
 
 
 PARTS = {"step": step, "bf16": bf16, "long": long, "decode": decode, "flat": flat, "memory": memory}
@@ -330,7 +381,7 @@ def main() -> None:
         return one_peak(*options.one_peak)
     about = {"processor": processor(), "threads": options.threads, "torch": torch.__version__}
     about["date"] = str(datetime.date.today())
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    say(", ".join(f"{name} {value}" for name, value in about.items()))
     found = {name: PARTS[name]() for name in options.parts or PARTS}
     if options.store:
         part = RESULTS.with_suffix(".part")

@@ -1,5 +1,6 @@
 """The race is fair: all contestants compute the same thing, and FLOPs are counted as torch counts them."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -90,3 +91,43 @@ def test_one_step_is_what_the_flat_part_times():
     with torch.no_grad():
         model.hidden(tokens[:, :8], cache)
         torch.testing.assert_close(OneStep(model)(tokens[:, 8:], cache), model(tokens)[:, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_peak_is_measured_between_the_contestants():
+    turns = []
+    peak = race.Peak(sizes=(8,))
+    seconds, flops = race.race_with_peak({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3)
+    assert set(seconds) == {"a", "b"} and len(turns) == 8 and flops > 1e8
+    peak()
+    first = peak.flops
+    peak.pairs = []  # a slow moment does not lower it
+    peak()
+    assert peak.flops == first > 0
+
+
+def test_bf16_is_left_out_with_the_reason_where_it_is_emulated(monkeypatch, capsys):
+    monkeypatch.setattr(race, "race", lambda contestants, rounds: {"float32": 1.0, "bfloat16": 50.0})
+    monkeypatch.setattr(race, "step", lambda **options: pytest.fail("it would run for a quarter of an hour"))
+    found = race.bf16()
+    assert "left out" in capsys.readouterr().out
+    assert found["left out"].startswith("a product in bfloat16 takes 50 × one in float32")
+    monkeypatch.setattr(race, "race", lambda contestants, rounds: {"float32": 1.0, "bfloat16": 0.5})
+    monkeypatch.setattr(race, "step", lambda **options: options)
+    assert race.bf16() == {"bf16": True}
+
+
+def test_without_a_compiler_that_part_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(race.shutil, "which", lambda name: None)
+    assert race.compiled() == {"left out": "no C++ compiler"}
+    assert "left out; there is no C++ compiler" in capsys.readouterr().out
+
+
+def test_a_part_says_what_it_does_before_it_is_measured(monkeypatch, capsys):
+    def measured(contestants, rounds):
+        assert "training step, 6 × 384" in capsys.readouterr().out
+        contestants[""]()
+        return dict.fromkeys(contestants, 1.0)
+
+    monkeypatch.setattr(race, "race", measured)
+    race.step(rounds=1)
+    assert capsys.readouterr().out.count("× gpt3lib") == 3
