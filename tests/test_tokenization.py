@@ -22,6 +22,7 @@ from gpt3lib.tokenization import (
     GPT2_PATTERN,
     TokenError,
     Tokenizer,
+    for_tiktoken,
     gpt2_file,
     merge,
     parse_merges,
@@ -442,4 +443,27 @@ def test_tiktoken_gets_the_same_pattern_and_the_special_token():
     encoding = OURS.to_tiktoken("mine")
     assert isinstance(encoding, tiktoken.Encoding) and END_OF_TEXT.encode() not in encoding._mergeable_ranks
     assert (encoding.name, encoding.n_vocab, encoding.eot_token) == ("mine", 4353, 4352)
-    assert encoding._pat_str == GPT2_PATTERN
+    assert encoding._pat_str.replace(r"(?:\s{256}(?=\s))*", "") == GPT2_PATTERN
+
+
+SPACES = st.lists(st.tuples(st.sampled_from(" \n\u00a0x1.é'"), st.sampled_from([1, 2, 255, 256, 257, 511, 512, 513])))
+
+
+@given(SPACES)
+@settings(max_examples=150, deadline=None)
+@example([(" ", 256), ("x", 1)])
+@example([(" ", 257), ("x", 1)])
+@example([(" ", 255), ("\n", 257)])
+def test_the_pattern_for_tiktoken_cuts_as_gpt2s(runs):
+    text = "".join(character * n for character, n in runs)
+    assert tokenization.regex.findall(for_tiktoken(GPT2_PATTERN), text) == split(text)
+    assert RUST["ours"].encode_ordinary(text) == OURS.encode(text)
+
+
+@pytest.mark.parametrize("gap", [" ", "\n", "\u2003", "\r\n"])
+@pytest.mark.parametrize("after", ["", "x", " x"])
+def test_a_gap_of_a_million_does_not_make_tiktoken_panic(gap, after):
+    text = "a" + gap * 1_100_000 + after
+    ids = RUST["gpt2"].encode_ordinary(text)
+    assert GPT2.decode(ids) == text
+    assert ids[:50] == GPT2.encode(text[:2000])[:50]
