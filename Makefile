@@ -3,6 +3,7 @@ PYTHON ?= python3
 JOBS ?= 2
 CHAPTERS ?=
 PROCESSORS ?=
+TORCH ?=
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -14,26 +15,27 @@ SITE_SOURCES := _config.yml _toc.yml pyproject.toml $(wildcard book/*.ipynb book
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help book test test-elsewhere lab export execute form check race clean
+.PHONY: help book test test-elsewhere test-torch lab export execute form check race clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make book      build the site and print its address"
-	@echo "make test      build the site, run every test and every notebook, compare their outputs"
-	@echo "make test-elsewhere   every notebook as three other processors would run it, and on more threads; half an hour"
-	@echo "make lab       open the chapters in JupyterLab"
-	@echo "make export    write gpt3lib/ from the chapters' exported cells"
-	@echo "make execute   run the chapters and store their outputs; CHAPTERS=\"04_attention\" runs some"
-	@echo "make form      measure every chapter: words, lines, widths, cells; say which limit is broken; CHAPTERS=… as above"
-	@echo "make check     style, gpt3lib in step with the chapters, form of the notebooks: seconds"
-	@echo "make race      gpt3lib beside transformers and plain PyTorch: speed and memory; PARTS=\"step decode\" runs some"
-	@echo "make clean     remove the environment and everything that was built"
+	@echo "make book            build the site and print its address"
+	@echo "make test            build the site, run every test and every notebook, compare their outputs"
+	@echo "make test-elsewhere  every notebook as three other processors would run it, on 1, 2 and 4 threads; half an hour"
+	@echo "make test-torch      the library's tests on another torch, in an environment of its own: TORCH=2.8.0"
+	@echo "make lab             open the chapters in JupyterLab"
+	@echo "make export          write gpt3lib/ from the chapters' exported cells"
+	@echo "make execute         run the chapters and store their outputs; CHAPTERS=\"04_attention\" runs some"
+	@echo "make form            measure every chapter: words, lines, widths; say which limit is broken; CHAPTERS=… as above"
+	@echo "make check           style, gpt3lib in step with the chapters, form of the notebooks: seconds"
+	@echo "make race            gpt3lib beside transformers and plain PyTorch: speed and memory; PARTS=\"step decode\" runs some"
+	@echo "make clean           remove the environment and everything that was built"
 	@echo "Each makes its environment in .venv when it is missing or out of date. PYTHON=… picks the Python (3.11 or later)."
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "The book needs Python 3.11 or later; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@echo "==> environment: the pinned packages go into .venv (the first time 1.8 GB and some minutes)"
+	@echo "==> environment: the pinned packages go into .venv (the first time some minutes, and 1.8 GB: 7 with CUDA)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
 	@touch $@
@@ -56,6 +58,20 @@ test: $(SITE)
 test-elsewhere: $(READY)
 	@echo "==> every notebook as other processors would run it"
 	@$(BIN)/python tools/elsewhere.py --jobs $(JOBS) $(PROCESSORS)
+
+# a test file for each module; stored outputs show the digits of the pinned torch, so chapters are not compared
+LIBRARY_TESTS := $(wildcard $(patsubst gpt3lib/%.py,tests/test_%.py,$(wildcard gpt3lib/*.py)))
+OTHER := .venv-torch-$(TORCH)
+
+test-torch:
+	@test -n "$(TORCH)" || { echo "Which torch? Try: make test-torch TORCH=2.8.0"; exit 1; }
+	@echo "==> environment: torch $(TORCH) and the pinned packages go into $(OTHER)"
+	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	@grep -v '^torch==' constraints.txt > $(OTHER)/constraints.txt
+	@$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OTHER)/constraints.txt \
+		-e '.[book,test]' torch==$(TORCH)
+	@echo "==> the library's tests on torch $(TORCH)"
+	@$(OTHER)/bin/python -m pytest -q -n $(JOBS) $(LIBRARY_TESTS)
 
 lab: $(READY)
 	@echo "==> JupyterLab on the chapters; Ctrl-C ends it"
@@ -88,4 +104,4 @@ race: $(READY)
 	@env -u OMP_NUM_THREADS $(BIN)/python benchmarks/race.py $(PARTS)
 
 clean:
-	rm -rf .venv _build build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* _build build *.egg-info .pytest_cache .ruff_cache .hypothesis

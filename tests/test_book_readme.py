@@ -117,10 +117,10 @@ def test_three_ways_in():
 
 def windows_commands():
     """The README's commands without make, in the words of the Makefile."""
-    (block,) = re.findall(r"```\n(py -m venv.*?)```", README, re.DOTALL)
+    (block,) = re.findall(r"```\n *(py -m venv.*?)\n *```", README, re.DOTALL)
     return [
         line.replace(".venv\\Scripts\\", "$(BIN)/").replace('"', "'").replace("py -m", "$(PYTHON) -m")
-        for line in block.splitlines()
+        for line in map(str.strip, block.splitlines())
     ]
 
 

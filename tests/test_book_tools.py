@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import execute
 
@@ -175,13 +176,35 @@ def test_the_continuous_build_runs_the_two_commands():
 
 def test_the_continuous_build_tries_the_commands_without_make():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```\n(py -m venv.*?)```", readme, re.DOTALL)
-    told = [
-        line.replace("py -m venv", "python -m venv") for line in block.splitlines() if not line.endswith("lab book")
-    ]
+    (block,) = re.findall(r"```\n *(py -m venv.*?)\n *```", readme, re.DOTALL)
+    lines = [line.strip().replace("py -m venv", "python -m venv") for line in block.splitlines()]
+    told = [line for line in lines if not line.endswith("lab book")]
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text(encoding="utf-8"))
     steps = workflow["jobs"]["windows"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == told
+
+
+def test_the_torches_that_are_claimed_are_those_that_are_tried():
+    """pyproject's bounds are the oldest and the newest of the workflow's job, and CONTRIBUTING tells how it went."""
+    (claimed,) = (Requirement(line) for line in PROJECT["dependencies"] if Requirement(line).name == "torch")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["torch"]
+    oldest, newest = map(Version, job["strategy"]["matrix"]["torch"])
+    assert {str(part) for part in claimed.specifier} == {
+        f">={oldest.major}.{oldest.minor}",
+        f"<{newest.major}.{newest.minor + 1}",
+    }
+    assert {"run": "make test-torch TORCH=${{ matrix.torch }}"} in job["steps"]
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for version in (oldest, newest):
+        assert re.search(rf"^make test-torch TORCH={version} +# \d+ passed", told, re.MULTILINE)
+
+
+def test_other_processors_are_tried_every_week():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["elsewhere"]
+    assert "schedule" in job["if"] and {"run": "make test-elsewhere"} in job["steps"]
+    assert set(workflow["jobs"]["report"]["needs"]) == set(workflow["jobs"]) - {"report"}
 
 
 @pytest.mark.parametrize("tool", ["execute", "export"])
