@@ -6,6 +6,9 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpt3lib.embeddings import is_transformed
 
 
 def fused(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
@@ -14,6 +17,9 @@ def fused(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
+            return F.scaled_dot_product_attention(q, k, v, **how)
+    if any(map(is_transformed, (q, k, v))):  # no kernel knows vmap and jvp; products do
+        with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, **how)
     return F.scaled_dot_product_attention(q, k, v, **how)
 
@@ -54,11 +60,12 @@ def attend_slowly(q, k, v, mask=None, scale: float | None = None) -> torch.Tenso
 def attend(q, k, v, mask=None, scale: float | None = None) -> torch.Tensor:
     """attend_slowly through torch's fused kernel: it stores no (Tq, Tk) weights."""
     n_queries, n_keys = q.shape[-2], k.shape[-2]
+    if mask is None and n_queries == n_keys:
+        return fused(q, k, v, None, True, scale)
     # is_causal lines up the first query with the first key; ours are the last ones
-    square = mask is None and n_queries == n_keys
-    if mask is None and not square and n_queries > 1:
+    if mask is None and n_queries > 1:
         mask = causal_mask(n_queries, n_keys, q.device)
-    return fused(q, k, v, mask, square, scale)
+    return fused(q, k, v, mask, False, scale)
 
 
 class CausalSelfAttention(nn.Module):

@@ -5,6 +5,7 @@ and the way back."""
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gpt3lib.tokenization import TokenError
 
@@ -13,11 +14,30 @@ class ContextError(ValueError):
     """A text with more tokens than the model has tracks."""
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp …) has wrapped this tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.func.debug_unwrap(tensor) is not tensor
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether torch only follows what is done with a tensor: no numbers to look at.
+
+    So it is under torch.compile, torch.export, torch.jit.trace, make_fx, the transforms
+    of torch.func, and FakeTensorMode.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    return not plain or is_in_torch_dispatch_mode() or is_transformed(tensor)
+
+
 def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
     """Raise TokenError unless `tokens` is (B, T) ids, B · T ≥ 1, below vocab_size.
 
     Looking at numbers costs a copy from an accelerator, so tensors that live elsewhere
-    are left to the device's own check; so is the data-free "meta" device.
+    are left to the device's own check; so are those without numbers, see is_traced.
     """
     kind = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
     if kind not in (torch.int64, torch.int32):
@@ -29,9 +49,9 @@ def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
             "tokens must be (B, T) with at least one id, not "
             f"{tuple(tokens.shape)}; for one text use tokens[None]"
         )
-    if tokens.device.type != "cpu":
+    if tokens.device.type != "cpu" or is_traced(tokens):
         return
-    low, high = tokens.min().item(), tokens.max().item()
+    low, high = (number.item() for number in tokens.aminmax())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise TokenError(

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpt3lib.attention import CausalSelfAttention
-from gpt3lib.embeddings import Embeddings, check_length, check_tokens
+from gpt3lib.embeddings import Embeddings, check_length, check_tokens, is_traced
+from gpt3lib.files import is_whole
 from gpt3lib.sparse_attention import BandedSelfAttention
 from gpt3lib.tokenization import TokenError
 
@@ -36,10 +37,11 @@ def check_config(config: "GPTConfig") -> None:
     )
     for name in numbers:
         value = getattr(config, name)
-        if type(value) is not int or value < 1:  # isinstance would let True pass as 1
+        if not is_whole(value):
             raise ConfigError(
                 f"{name} is {value!r}; it must be a whole number, 1 or more"
             )
+        object.__setattr__(config, name, int(value))  # numpy's too; JSON wants Python's
     if config.n_heads * config.d_head != config.d_model:
         raise ConfigError(
             f"n_heads · d_head = {config.n_heads} · {config.d_head} = "
@@ -180,18 +182,95 @@ def loss_slowly(
     h: torch.Tensor, wte: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """(B, T, d_model), the token table, (B, T) ids -> loss, all logits at once."""
-    logits = F.linear(h, wte)  # (B, T, vocab_size)
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+    logits = F.linear(h, wte).flatten(0, -2)  # (B · T, vocab_size)
+    exact = torch.promote_types(logits.dtype, torch.float32)  # float16 adds badly
+    return F.cross_entropy(logits.to(exact), targets.flatten().long())
+
+
+def cost_and_slope(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(n, vocab_size), (n,) ids -> the sum of -ln p; the logits become its gradient."""
+    right = targets[:, None]
+    logits -= logits.amax(dim=-1, keepdim=True)  # so that no power overflows
+    chosen = logits.gather(1, right)
+    total = logits.exp_().sum(dim=-1, keepdim=True)
+    logits /= total  # softmax: all the probabilities
+    logits.scatter_add_(1, right, -torch.ones_like(chosen))
+    return (total.log() - chosen).sum()
+
+
+def as_in_products(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as a product takes it now: cast under autocast, detached in no_grad."""
+    where = x.device.type
+    if where != "meta" and torch.is_autocast_enabled(where) and x.dtype != torch.double:
+        x = x.to(torch.get_autocast_dtype(where))
+    return x if torch.is_grad_enabled() else x.detach()
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b; when all have one type, the product itself is never stored."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def in_pieces(h, wte, targets, wanted) -> tuple[torch.Tensor, list]:
+    """(N, d_model), the token table, (N,) ids -> summed loss, gradients of h and wte.
+
+    wanted: whether each of the two is; None stands for one that is not.
+    """
+    exact = torch.promote_types(h.dtype, torch.float32)  # half precision adds badly
+    grads = [
+        torch.zeros_like(x, dtype=exact) if want else None
+        for x, want in zip((h, wte), wanted)
+    ]
+    loss = h.new_zeros((), dtype=exact)
+    for rows in (slice(i, i + 256) for i in range(0, len(h), 256)):
+        slope = F.linear(h[rows], wte).to(exact)  # the logits, (256, vocab_size)
+        loss += cost_and_slope(slope, targets[rows])
+        slope = slope.to(h.dtype)
+        if wanted[0]:
+            add_product(grads[0][rows], slope, wte)
+        if wanted[1]:
+            add_product(grads[1], slope.T, h[rows])
+        del slope  # before the next ones are made
+    return loss, grads
+
+
+class LossInPieces(torch.autograd.Function):
+    """loss_slowly for autograd, 256 rows at a time."""
+
+    @staticmethod
+    def forward(ctx, h, wte, targets):
+        """The mean loss; the gradients are made on the way and kept."""
+        ctx.save_for_backward(h, wte, targets)
+        loss, ctx.grads = in_pieces(h, wte, targets, ctx.needs_input_grad)
+        return loss / len(h)
+
+    @staticmethod
+    def backward(ctx, above):
+        """The kept gradients, or new ones; slowly, if they are to have gradients."""
+        (h, wte, targets), grads, ctx.grads = ctx.saved_tensors, ctx.grads, None
+        if torch.is_grad_enabled():
+            _, pull = torch.func.vjp(lambda *x: loss_slowly(*x, targets), h, wte)
+            return *pull(above), None
+        if grads is None:  # handed over already
+            grads = in_pieces(h, wte, targets, ctx.needs_input_grad)[1]
+        share = above / len(h)
+        return *(g if g is None else g.mul_(share).to(h.dtype) for g in grads), None
 
 
 def chunked_loss(
     h: torch.Tensor, wte: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """The same as loss_slowly, with the logits of 256 tracks at a time."""
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-    return F.linear_cross_entropy(
-        h.flatten(0, -2), wte, targets.flatten(), options=options
-    )
+    """The same as loss_slowly, with the logits of 256 tracks at a time.
+
+    Where torch traces or transforms (see is_traced) it is loss_slowly.
+    """
+    if is_traced(h) or is_traced(wte):
+        return loss_slowly(h, wte, targets)
+    h, wte = map(as_in_products, (h, wte))
+    return LossInPieces.apply(h.flatten(0, -2), wte, targets.flatten().long())
 
 
 FORMATS: dict[str, Callable] = {}  # "read" and "write"; the module `weights` fills it

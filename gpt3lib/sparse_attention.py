@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gpt3lib.attention import CausalSelfAttention, attend, causal_mask
+from gpt3lib.files import is_whole
 
 
 class PatternError(ValueError):
@@ -20,7 +21,7 @@ class PatternError(ValueError):
 def check_whole(**numbers: int) -> None:
     """Raise PatternError unless every number is a whole number of at least 1."""
     for name, value in numbers.items():
-        if type(value) is not int or value < 1:
+        if not is_whole(value):
             words = f"{name} is {value!r}; it must be a whole number of at least 1"
             raise PatternError(words)
 
@@ -121,7 +122,9 @@ def in_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
 def band_by_blocks(q, k, v, bandwidth: int, scale=None) -> torch.Tensor:
     """Banded attention in blocks: time and memory grow with T."""
     check_whole(bandwidth=bandwidth)
-    n_queries, bandwidth = q.shape[2], min(bandwidth, k.shape[2])
+    n_queries = q.shape[2]
+    if bandwidth > k.shape[2]:  # min() would not be a whole number while torch traces
+        bandwidth = k.shape[2]
     recent = n_queries + bandwidth - 1  # nobody sees the keys before these
     k, v = k[:, :, -recent:], v[:, :, -recent:]
     before = k.shape[2] - n_queries  # keys of earlier tokens, from a cache
@@ -200,7 +203,7 @@ def compiled_flex():
 def band_by_flex(q, k, v, bandwidth: int, scale=None) -> torch.Tensor:
     """FlexAttention: one fused kernel on a GPU, the plain formula elsewhere.
 
-    Raises PatternError for a gradient off the GPU: torch 2.13 has none there.
+    Raises PatternError for a gradient off the GPU, where torch has none for it.
     """
     mask = flex_mask(q.shape[2], k.shape[2], bandwidth, str(q.device))
     if q.is_cuda:

@@ -1,14 +1,18 @@
 """The decoder against an independent GPT-2 and a forward pass of this file's own; its loss and its first numbers."""
 
 import itertools
+import json
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -297,8 +301,8 @@ def test_both_losses_are_the_mean_of_minus_log_p(f, shape, dtype):
     grads = torch.autograd.grad(3 * loss, (h, wte))  # the gradient from above must arrive
     wanted, grad_h, grad_wte = by_hand(h, wte, targets)
     close = {"rtol": 1e-5, "atol": 1e-6}
-    if dtype == torch.float64 and f is chunked_loss:  # the slow one takes its logarithms in float32
-        assert loss.dtype == torch.float64
+    assert loss.dtype == dtype
+    if dtype == torch.float64:
         close = {"rtol": 1e-11, "atol": 1e-12}
     assert loss.shape == () and math.isclose(loss.item(), wanted, rel_tol=close["rtol"])
     torch.testing.assert_close(grads[0].double(), 3 * grad_h.view(h.shape), **close)
@@ -316,6 +320,84 @@ def test_a_loss_under_autocast_is_nearly_the_loss(f):
     for grad, right in zip(grads, (grad_h.view(h.shape), grad_wte)):
         assert grad.dtype == torch.float32
         assert (grad.double() - right).norm() < 0.02 * right.norm()
+
+
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("wanted", [(1, 1), (1, 0), (0, 1), (0, 0)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("way", ["as it is", "autocast", "no_grad"])
+def test_the_loss_in_pieces_equals_its_twin_in_every_type(dtype, wanted, way):
+    """Also from a view whose rows do not lie one behind the other, and from ids of 32 bits."""
+    h, wte, targets = head(300, 2, dtype=torch.float64)
+    h = h.detach().to(dtype).transpose(0, 1).requires_grad_(bool(wanted[0]))
+    wte, targets = wte.detach().to(dtype).requires_grad_(bool(wanted[1])), targets.T.int()
+    found = []
+    for f in (loss_slowly, chunked_loss):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"),
+            torch.set_grad_enabled(way != "no_grad"),
+        ):
+            loss = f(h, wte, targets)
+        inputs = [x for x in (h, wte) if x.requires_grad and way != "no_grad"]
+        assert loss.requires_grad == bool(inputs)
+        grads = torch.autograd.grad(loss, inputs, loss.new_tensor(1000.0)) if inputs else ()
+        found.append((loss.detach(), *grads))
+    assert found[1][0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
+    off = TOLERANCE[torch.bfloat16 if way == "autocast" and dtype != torch.float64 else dtype]
+    for slow, fast in zip(*[grads[1:] for grads in found], strict=True):
+        assert slow.dtype == fast.dtype == dtype and slow.shape == fast.shape
+        assert (slow - fast).double().norm() < off * slow.double().norm()
+
+
+def test_the_loss_in_half_precision_is_summed_in_float32():
+    """Summed in bfloat16 it came out as 8.625, where 8.383 is right."""
+    model = GPT(GPTConfig.from_name("gpt3-100k", n_ctx=128)).bfloat16()
+    tokens, targets = ids(model, 64, 128), ids(model, 64, 128, seed=1)
+    with torch.no_grad():
+        loss = model.loss(tokens, targets)
+        right = F.cross_entropy(model(tokens).double().flatten(0, 1), targets.flatten())
+    assert loss.dtype == torch.float32 and math.isclose(loss.item(), right.item(), rel_tol=1e-5)
+
+
+def test_a_loss_under_autocast_leaves_the_table_its_gradient():
+    """autocast keeps the copies it makes; one made inside the loss, without a gradient, must not be among them."""
+    model, grads = make(), []
+    for with_loss in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = ids(model, 2, 9)
+            if with_loss:
+                model.loss(tokens, tokens)
+            out = model.embeddings.unembed(torch.ones(1, 24))
+        grads.append(torch.autograd.grad(out.float().sum(), model.embeddings.wte.weight)[0])
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
+def test_first_and_second_derivatives_of_the_loss_are_right():
+    h, wte, targets = head(2, 3, vocab_size=5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: chunked_loss(*x, targets), (h, wte))
+    assert torch.autograd.gradgradcheck(lambda *x: chunked_loss(*x, targets), (h, wte))
+    h, wte, targets = head(2, 200, dtype=torch.float64)
+    second = []
+    for f in (loss_slowly, chunked_loss):
+        grads = torch.autograd.grad(f(h, wte, targets), (h, wte), create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in grads), (h, wte)))
+    torch.testing.assert_close(second[0], second[1])
+    assert all(grad.abs().max() > 1e-6 for grad in second[0])
+
+
+def test_whoever_asks_twice_gets_the_same_gradient_twice():
+    h, wte, targets = head(2, 200)
+    loss = chunked_loss(h, wte, targets)
+    first, second, half = (torch.autograd.grad(factor * loss, (h, wte), retain_graph=True) for factor in (1, 1, 0.5))
+    assert all(torch.equal(a, b) and torch.equal(a, 2 * c) for a, b, c in zip(first, second, half))
+
+
+def test_a_large_logit_costs_what_it_should():
+    h, wte, targets = torch.tensor([[[300.0]]]), torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([[1]])
+    assert chunked_loss(h, wte, targets).item() == 600
 
 
 def test_without_gradients_a_loss_is_the_same():
@@ -360,6 +442,97 @@ def test_a_fresh_model_knows_nothing():
 def test_counts_are_the_numbers_that_exist():
     model = make()
     assert model.num_params() == sum(t.numel() for t in model.state_dict().values())
+
+
+# ---- torch traces and transforms ----
+
+
+class LossOf(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, targets):
+        return self.model.loss(tokens, targets)
+
+
+def exported(dynamic=None):
+    return lambda module, *inputs: torch.export.export(module, inputs, dynamic_shapes=dynamic).module()
+
+
+def compiled(**how):
+    def f(module, *inputs):
+        torch._dynamo.reset()
+        return torch.compile(module, fullgraph=True, **how)
+
+    return f
+
+
+TRACERS = {
+    "jit": lambda module, *inputs: torch.jit.trace(module, inputs),
+    "compile": compiled(backend="eager"),
+    "compile, with autograd": compiled(backend="aot_eager"),
+    "compile, any length": compiled(backend="eager", dynamic=True),
+    "export": exported(),
+    "make_fx": lambda module, *inputs: make_fx(module)(*inputs),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # jit: that a trace holds for one length; and that it is old
+@pytest.mark.parametrize("attention", [("dense", "banded"), ("banded",)], ids=str)
+@pytest.mark.parametrize("name", TRACERS)
+def test_a_traced_model_agrees_with_itself(name, attention):
+    """On other ids than those it was traced with."""
+    model = make(n_ctx=96, bandwidth=5, attention=attention)
+    x, y, other = ids(model, 2, 70), ids(model, 2, 70, 1), ids(model, 2, 70, 2)
+    logits, loss = TRACERS[name](model, x), TRACERS[name](LossOf(model), x, y)
+    torch.testing.assert_close(logits(other), model(other), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss(other, x), model.loss(other, x), rtol=1e-5, atol=1e-5)
+    if name.endswith("any length"):
+        torch.testing.assert_close(logits(other[:1, :40]), model(other[:1, :40]), rtol=1e-5, atol=1e-5)
+    if name.startswith("compile"):
+        grads = [torch.autograd.grad(f(other, x), list(model.parameters())) for f in (loss, model.loss)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_an_exported_model_reads_other_lengths():
+    """Where a layer has a band, those that need as many blocks; torch checks that itself."""
+    model = make(n_ctx=96, bandwidth=5)
+    free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = exported((free,))(model, ids(model, 2, 70))
+    for shape in ((2, 70), (3, 65), (2, 90)):
+        torch.testing.assert_close(program(ids(model, *shape)), model(ids(model, *shape)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [("dense", "banded"), ("banded",)], ids=str)
+def test_the_transforms_of_torch_func_agree(attention):
+    model = make(n_ctx=96, bandwidth=5, attention=attention)
+    x, y, module = ids(model, 3, 70), ids(model, 3, 70, 1), LossOf(model)
+    numbers = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(numbers, x, y):
+        return torch.func.functional_call(module, numbers, (x, y))
+
+    each = torch.func.vmap(lambda n, x, y: torch.func.grad(loss)(n, x[None], y[None]), (None, 0, 0))(numbers, x, y)
+    whole = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+    backwards = torch.func.jacrev(loss)(numbers, x, y)
+    for name, right in zip(numbers, whole, strict=True):
+        torch.testing.assert_close(each[name].mean(dim=0), right, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(backwards[name], right, rtol=1e-4, atol=1e-6, msg=name)
+    along = {name: torch.ones_like(p) for name, p in numbers.items()}
+    _, slope = torch.func.jvp(lambda n: loss(n, x, y), (numbers,), (along,))
+    torch.testing.assert_close(slope, sum(grad.sum() for grad in whole), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(lambda ids: model(ids[None])[0])(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_numbers_has_shapes():
+    with FakeTensorMode():
+        model, tokens = GPT(GPTConfig(**SMALL)), torch.zeros(2, 9, dtype=torch.int64)
+        assert model(tokens).shape == (2, 9, 61)
+        model.loss(tokens, tokens).backward()
+        assert model.ln_f.bias.grad.shape == (24,)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert make()(ids(make(), 2, 9)).shape == (2, 9, 61)
 
 
 # ---- initialisation ----
@@ -464,7 +637,26 @@ def test_configs_that_contradict_themselves(changes, words):
     assert words in str(caught.value)
 
 
+def test_the_whole_numbers_of_numpy_are_welcome():
+    config = GPTConfig(**{name: np.int64(value) for name, value in (SMALL | {"bandwidth": 5}).items()})
+    assert config == GPTConfig(**SMALL, bandwidth=5)
+    assert json.loads(json.dumps(asdict(config)))["n_ctx"] == 12  # which json refuses for numpy's own
+    assert GPT(config).num_params() == make(bandwidth=5).num_params()
+    with pytest.raises(ConfigError, match="n_layers is np.float64"):
+        replace(config, n_layers=np.float64(2))
+    with pytest.raises(ConfigError, match="n_layers is np.True_"):
+        replace(config, n_layers=np.True_)
+
+
 # ---- input of the wrong kind ----
+
+
+def test_ids_of_32_bits_are_ids():
+    model = make()
+    tokens, targets = ids(model, 2, 9), ids(model, 2, 9, seed=1)
+    assert torch.equal(model(tokens.int()), model(tokens))
+    for pair in ((tokens.int(), targets.int()), (tokens, targets.int()), (tokens.int(), targets)):
+        assert torch.equal(model.loss(*pair), model.loss(tokens, targets))
 
 
 @pytest.mark.parametrize("shape", [(5,), (0,), (1, 0), (0, 5), (1, 2, 3), ()])
