@@ -5,13 +5,14 @@ equal to GPT-2's."""
 import heapq
 import zipfile
 from collections import Counter, defaultdict
-from operator import index
+from collections.abc import Iterable, Iterator, Mapping, Set
+from itertools import pairwise
 from pathlib import Path
 
 import regex
 import tiktoken
 
-from gpt3lib.files import sha256, write_beside
+from gpt3lib.files import is_whole, sha256, write_beside
 from gpt3lib.texts import DataError, fetch, manifest
 
 
@@ -32,27 +33,76 @@ def to_utf8(text: str) -> bytes:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
+WRONG = "decode takes one row of integer ids, not {}; of a batch, decode each row"
+
+
+def one_row(ids) -> Iterable:
+    """What holds the ids; of a tensor or array, a list. Raises TokenError."""
+    row, shape = ids, ""
+    if hasattr(ids, "tolist") and hasattr(ids, "shape"):
+        row, shape = ids.tolist(), f" of shape {tuple(ids.shape)}"
+    is_row = isinstance(row, Iterable) and len(getattr(ids, "shape", "1")) == 1
+    if not is_row or isinstance(row, (str, bytes, bytearray, Mapping, Set)):
+        raise TokenError(WRONG.format(type(ids).__name__ + shape))
+    return row
+
+
 def check_ids(ids, vocab_size: int) -> list[int]:
     """The ids as a list of ints: of a list, a 1-D tensor or array.
 
-    Raises TokenError unless they are one row of ids from 0 to vocab_size - 1.
+    Raises TokenError unless they are one row of whole numbers below vocab_size.
     """
-    rows = ids.tolist() if hasattr(ids, "tolist") else ids
-    try:
-        numbers = [index(i) for i in rows]
-    except TypeError as error:
-        shape = f" of shape {tuple(ids.shape)}" if hasattr(ids, "shape") else ""
-        raise TokenError(
-            f"decode takes one row of integer ids, not {type(ids).__name__}{shape}; "
-            "of a batch, decode each row"
-        ) from error
-    for i in numbers:
+    numbers = []
+    for i in ids if type(ids) is list else one_row(ids):
+        if type(i) is not int:
+            i = i.tolist() if hasattr(i, "tolist") else i
+            if not isinstance(i, int) or isinstance(i, bool):
+                what = f"{type(i).__name__} {i!r:.40} (at place {len(numbers)})"
+                raise TokenError(WRONG.format(what))
         if not 0 <= i < vocab_size:
             last = vocab_size - 1
             raise TokenError(
                 f"token id {i} is not in the vocabulary; ids go from 0 to {last}"
             )
+        numbers.append(i)
     return numbers
+
+
+def check_merges(merges) -> list[tuple[int, int]]:
+    """The merges as a list of pairs of ints.
+
+    Raises TokenError for what is no such list, or joins ids which do not exist yet.
+    """
+    rows = merges.tolist() if hasattr(merges, "tolist") else merges
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        kind = type(merges).__name__
+        raise TokenError(
+            f"a tokenizer needs a list of merges, pairs of ids, not {kind}"
+        )
+    pairs = []
+    for new_id, pair in enumerate(rows, start=256):
+        ids = tuple(pair) if isinstance(pair, (tuple, list)) else (pair,)
+        if len(ids) != 2 or not type(ids[0]) is int is type(ids[1]):
+            if len(ids) != 2 or not all(is_whole(i, least=0) for i in ids):
+                what = "two whole numbers, the ids that it joins"
+                raise TokenError(f"merge {new_id} is {pair!r:.60}; it must be {what}")
+            ids = int(ids[0]), int(ids[1])
+        if not (0 <= ids[0] < new_id and 0 <= ids[1] < new_id):
+            problem = f"joins {ids}, of which one does not exist yet"
+            raise TokenError(f"merge {new_id} {problem}")
+        pairs.append(ids)
+    return pairs
+
+
+def check_new(vocabulary: list[bytes]) -> list[bytes]:
+    """The vocabulary itself. Raises TokenError when two tokens are spelled alike."""
+    if len(set(vocabulary)) < len(vocabulary):
+        first = {}
+        for i, piece in enumerate(vocabulary):
+            if first.setdefault(piece, i) < i:
+                problem = f"spells {piece}, which is token {first[piece]} already"
+                raise TokenError(f"merge {i} {problem}")
+    return vocabulary
 
 
 def for_tiktoken(pattern: str) -> str:
@@ -151,12 +201,14 @@ def parse_merges(lines: list[str]) -> list[tuple[int, int]]:
 class BPE:
     """Byte-level BPE: 256 bytes, then one id per merge, then end-of-text.
 
-    merges: the learned pairs of ids, in order; merge i makes id 256 + i.
+    merges: the learned pairs of ids, in order; merge i makes id 256 + i. Raises
+    TokenError unless each makes a new token of two that exist.
     """
 
     def __init__(self, merges: list[tuple[int, int]]):
+        merges = check_merges(merges)
         self.merges = {pair: 256 + i for i, pair in enumerate(merges)}  # pair -> id
-        self.vocabulary = spell(merges, BYTE_TO_ID)  # id -> bytes
+        self.vocabulary = check_new(spell(merges, BYTE_TO_ID))  # id -> bytes
         self.vocabulary.append(END_OF_TEXT.encode())
         self.end_of_text = len(self.vocabulary) - 1
 
@@ -198,50 +250,98 @@ class BPE:
         )
 
 
-def count_pairs(chunks: list[list[int]], weights: list[int]) -> tuple[Counter, dict]:
-    """How often each pair of neighbours occurs, and the indices of its chunks."""
-    pairs, where = Counter(), defaultdict(set)
-    for c, ids in enumerate(chunks):
-        for pair in zip(ids, ids[1:]):
-            pairs[pair] += weights[c]
-            where[pair].add(c)
-    return pairs, where
+GAP = -1  # ends a chunk, and fills the place that a merge has emptied
+
+
+class Row:
+    """Chunks side by side, in which a merge touches its own places only."""
+
+    def __init__(self, chunks: Iterable[bytes]):
+        self.ids = []
+        for chunk in chunks:
+            self.ids += [BYTE_TO_ID[byte] for byte in chunk]
+            self.ids.append(GAP)
+        self.before = list(range(-1, len(self.ids) - 1))  # -1 is the last gap
+        self.after = list(range(1, len(self.ids) + 1))
+
+    def pairs(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Each place with the pair that begins there; for a row without merges."""
+        for place, pair in enumerate(pairwise(self.ids)):
+            if GAP not in pair:
+                yield place, pair
+
+    def merge(self, places: list[int], pair: tuple[int, int], new_id: int):
+        """Merge the pair where it still stands; yield (before, place, after)."""
+        ids, before, after, (left, right) = self.ids, self.before, self.after, pair
+        for place in places:
+            second = after[place]
+            if ids[place] == left and ids[second] == right:
+                ids[place], ids[second] = new_id, GAP
+                after[place], before[after[second]] = after[second], place
+                yield before[place], place, after[place]
 
 
 def train_bpe(text: str, n_merges: int) -> list[tuple[int, int]]:
     """Learn up to `n_merges` merges: the most frequent pair, again and again.
 
-    Ties go to the smaller ids. Stops early when no pair occurs twice. Only the chunks
-    that hold the merged pair are touched: no merge walks through the whole text.
+    Ties go to the smaller ids. Stops early when no pair occurs twice. Only the places
+    of the merged pair are touched. Raises TokenError unless n_merges is 0 or more.
     """
-    counts = Counter(split(text))
-    chunks = [[BYTE_TO_ID[byte] for byte in chunk.encode()] for chunk in counts]
-    weights = list(counts.values())
-    pairs, where = count_pairs(chunks, weights)
-    heap = [(-count, pair) for pair, count in pairs.items()]
+    if not is_whole(n_merges, least=0):
+        raise TokenError(f"n_merges is {n_merges!r}; it must be whole, and 0 or more")
+    chunks = {chunk.encode(): n for chunk, n in Counter(split(text)).items()}
+    weights = [n for chunk, n in chunks.items() for _ in range(len(chunk) + 1)]
+    row, counts, places, merges = Row(chunks), Counter(), defaultdict(list), []
+    for place, pair in row.pairs():
+        counts[pair] += weights[place]
+        places[pair].append(place)
+    heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
-    merges = []
     while len(merges) < n_merges and heap:
         count, best = heapq.heappop(heap)
-        if -count != pairs[best]:
-            continue  # an old entry: the pair's count has changed since it was pushed
+        if -count != counts[best]:  # an old entry
+            heapq.heappush(heap, (-counts[best], best))
+            continue
         if -count < 2:
             break  # a pair seen once is a memory, not a pattern
-        changed = set()
-        for c in where.pop(best):
-            old, chunks[c] = chunks[c], merge(chunks[c], best, 256 + len(merges))
-            for pair in zip(old, old[1:]):
-                pairs[pair] -= weights[c]
-                changed.add(pair)
-            for pair in zip(chunks[c], chunks[c][1:]):
-                pairs[pair] += weights[c]
-                where[pair].add(c)
-                changed.add(pair)
+        new_id, (left, right), fresh = 256 + len(merges), best, defaultdict(list)
         merges.append(best)
-        for pair in changed:
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
+        for before, place, after in row.merge(places.pop(best), best, new_id):
+            a, b = row.ids[before], row.ids[after]
+            if a != GAP:
+                counts[a, left] -= weights[place]
+                counts[a, new_id] += weights[place]
+                fresh[a, new_id].append(before)
+            if b != GAP:
+                counts[right, b] -= weights[place]
+                counts[new_id, b] += weights[place]
+                fresh[new_id, b].append(place)
+        counts[best] = 0  # also when it overlaps itself, as aa in aaa
+        places |= fresh
+        for pair in fresh:
+            heapq.heappush(heap, (-counts[pair], pair))
     return merges
+
+
+def encode_quickly(chunk: bytes, merges: dict[tuple[int, int], int]) -> list[int]:
+    """The ids of BPE.encode_chunk, in time n log n."""
+    row, places, waiting = Row([chunk]), {}, []
+
+    def wait(place: int, pair: tuple[int, int]) -> None:
+        if pair in merges:
+            if pair not in places:
+                places[pair] = []
+                heapq.heappush(waiting, (merges[pair], pair))
+            places[pair].append(place)
+
+    for place, pair in row.pairs():
+        wait(place, pair)
+    while waiting:
+        new_id, best = heapq.heappop(waiting)
+        for before, place, after in row.merge(places.pop(best), best, new_id):
+            wait(before, (row.ids[before], new_id))
+            wait(place, (new_id, row.ids[after]))
+    return [i for i in row.ids if i != GAP]
 
 
 def read_merges(text: str, name: str) -> list[tuple[int, int]]:
@@ -250,7 +350,7 @@ def read_merges(text: str, name: str) -> list[tuple[int, int]]:
     Raises DataError, with `name` and the line's number, when the first is no version
     or another does not join two tokens of earlier lines to a new one.
     """
-    first, *lines = text.removesuffix("\n").split("\n")
+    first, *lines = to_utf8(text).decode().removesuffix("\n").split("\n")
     if not first.startswith("#version"):
         raise DataError(f"{name}, line 1: {first[:40]!r} should be '#version: 0.2'")
     known = set(ALPHABET.values())
@@ -263,25 +363,17 @@ def read_merges(text: str, name: str) -> list[tuple[int, int]]:
     return parse_merges(lines)
 
 
-CACHED_CHUNKS, CACHED_LENGTH = (
-    100_000,
-    24,
-)  # what encode remembers: so many chunks, so many bytes
+CACHED_CHUNKS, CACHED_LENGTH = 100_000, 24  # remembered: so many, of so many bytes
+PLAIN_LENGTH = 10  # up to so many bytes the plain loop is as fast
 
 
 class Tokenizer(BPE):
     """The library's tokenizer: BPE with ways to get one, to keep one, and a memory.
 
-    merges: as for BPE. Raises TokenError when a merge joins ids that do not exist yet.
+    merges: as for BPE.
     """
 
     def __init__(self, merges: list[tuple[int, int]]):
-        for new_id, (left, right) in enumerate(merges, start=256):
-            if not (0 <= left < new_id and 0 <= right < new_id):
-                pair = (left, right)
-                raise TokenError(
-                    f"merge {new_id} joins {pair}, of which one does not exist yet"
-                )
         super().__init__(merges)
         self.cache = {}  # chunk -> ids
 
@@ -289,7 +381,9 @@ class Tokenizer(BPE):
         """The ids of one chunk, remembered when it is short."""
         found = self.cache.get(chunk)
         if found is None:
-            found = super().encode_chunk(chunk)
+            short = len(chunk) <= PLAIN_LENGTH
+            plain, merges = super().encode_chunk, self.merges
+            found = plain(chunk) if short else encode_quickly(chunk, merges)
             if len(self.cache) < CACHED_CHUNKS and len(chunk) <= CACHED_LENGTH:
                 self.cache[chunk] = found
         return list(found)
@@ -310,10 +404,10 @@ class Tokenizer(BPE):
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "Tokenizer":
         """Learn at most `vocab_size` ids from a text. Raises TokenError below 257."""
-        if vocab_size < 257:
-            need = "256 bytes and end-of-text need at least 257"
-            raise TokenError(f"vocab_size is {vocab_size}; {need}")
-        return cls(train_bpe(text, vocab_size - 257))
+        if not is_whole(vocab_size, least=257):
+            need = "256 bytes and end-of-text need a whole number, at least 257"
+            raise TokenError(f"vocab_size is {vocab_size!r}; {need}")
+        return cls(train_bpe(text, int(vocab_size) - 257))
 
     @classmethod
     def from_merges(cls, text: str, name: str) -> "Tokenizer":
@@ -325,7 +419,7 @@ class Tokenizer(BPE):
         """Read a vocab.bpe or merges.txt. Raises DataError: missing or damaged."""
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path
             raise DataError(
                 f"{path} is no merges file that can be read: {error}"
             ) from error

@@ -1,7 +1,10 @@
 """The tokenizer against tiktoken, Hugging Face's tokenizers and brute force."""
 
+import hashlib
 import json
 import os
+import random
+import time
 from collections import Counter
 
 import numpy
@@ -22,6 +25,7 @@ from gpt3lib.tokenization import (
     GPT2_PATTERN,
     TokenError,
     Tokenizer,
+    encode_quickly,
     for_tiktoken,
     gpt2_file,
     merge,
@@ -174,6 +178,9 @@ def test_to_utf8_keeps_what_can_be_kept(text):
 
 # training
 
+# of the merges that recounting after each merge learns, see test_training_on_one_long_chunk_is_quick
+DIGEST = "979b6278fda514e16a2e47a02113a20bd54d25d58136825c0ff14d2d4abc5f7b"
+
 
 @given(SMALL, st.integers(0, 12))
 @settings(max_examples=200, deadline=None)
@@ -199,6 +206,24 @@ def test_properties_of_what_was_learned(text):
     assert len(set(learned)) == len(learned)  # no two tokens are spelled alike
     for n in range(len(merges)):
         assert train_bpe(text, n) == merges[:n]  # a smaller vocabulary is a prefix of a larger one
+
+
+@given(st.sampled_from(["ab", "aab", "a", "acgt", "ab ", "é字"]), st.integers(0, 400), st.integers(0, 10**9))
+@settings(max_examples=60, deadline=None)
+def test_training_on_long_chunks_equals_brute_force(alphabet, length, seed):
+    text = "".join(random.Random(seed).choices(alphabet, k=length))
+    merges = train_bpe(text, 40)
+    assert spelled(merges) == train_by_brute_force(text, 40)
+    assert len(set(Tokenizer(merges).vocabulary)) == 257 + len(merges)
+
+
+def test_training_on_one_long_chunk_is_quick():
+    text = "".join(random.Random(0).choices("acgt", k=10_000))
+    start = time.process_time()
+    merges = train_bpe(text, 300)
+    assert time.process_time() - start < 2  # walking through the chunk for each merge took 8
+    digest = hashlib.sha256(json.dumps(merges).encode()).hexdigest()
+    assert len(merges) == 300 and digest == DIGEST
 
 
 def test_ties_and_the_end():
@@ -260,6 +285,56 @@ def test_round_trip_of_any_string_and_the_slow_twin(text):
     assert ids == SLOW.encode(text)
 
 
+@given(
+    st.sampled_from(["ab", "a", "acgt", "etaoinshrdlu", "01", "字é🤖", "!?.", "\n", "the and"]),
+    st.integers(0, 150),
+    st.randoms(),
+)
+@settings(max_examples=150, deadline=None)
+def test_long_chunks_are_encoded_as_by_the_plain_loop_and_tiktoken(alphabet, length, source):
+    text = "".join(source.choices(alphabet, k=length))
+    for name, tokenizer in (("ours", OURS), ("gpt2", GPT2)):
+        plain = BPE.encode_chunk(tokenizer, text.encode())
+        assert encode_quickly(text.encode(), tokenizer.merges) == plain
+        assert tokenizer.encode(text) == RUST[name].encode_ordinary(text)
+    own = Tokenizer.train(text, 300)
+    assert encode_quickly(text.encode(), own.merges) == BPE.encode_chunk(own, text.encode())
+    assert own.encode(text) == BPE(own.merges).encode(text)
+
+
+@pytest.mark.parametrize("length", [9, 10, 11, 24, 25])
+def test_chunks_about_the_limits(length):
+    chunk = "commandmentscommandments!"[:length].encode()
+    fresh = Tokenizer(OURS.merges)
+    assert fresh.encode_chunk(chunk) == fresh.encode_chunk(chunk) == BPE.encode_chunk(OURS, chunk)
+    assert (chunk in fresh.cache) == (length < 25)
+
+
+SOURCE = random.Random(0)
+MILLION = {
+    "letters": "".join(SOURCE.choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)),
+    "digits": "".join(SOURCE.choices("0123456789", k=1_000_000)),
+    "signs": "".join(SOURCE.choices("!?.,;-+*", k=1_000_000)),
+    "gaps": "".join(SOURCE.choices(" \n\t", k=1_000_000)),
+    "one letter": "a" * 1_000_000,
+    "two letters": "ab" * 500_000,
+    "blanks": " " * 1_000_000 + "x",
+    "Chinese": "".join(map(chr, SOURCE.choices(range(0x4E00, 0x9FFF), k=333_333))),
+    "emoji": "🤖" * 250_000,
+    "words": " ".join("".join(SOURCE.choices("abcdefghij", k=12)) for _ in range(77_000)),
+}
+
+
+@pytest.mark.parametrize("kind", MILLION)
+def test_a_megabyte_of_anything_is_encoded_in_seconds(kind):
+    text, tokenizer = MILLION[kind], Tokenizer(GPT2.merges)
+    start = time.process_time()
+    ids = tokenizer.encode(text)
+    assert time.process_time() - start < 5
+    assert tokenizer.decode(ids) == text
+    assert ids == RUST["gpt2"].encode_ordinary(text)
+
+
 def test_the_slow_twin_is_the_same_but_for_files_and_memory():
     assert (SLOW.vocabulary, SLOW.merges, SLOW.end_of_text) == (OURS.vocabulary, OURS.merges, 4352)
     with pytest.raises(TokenError, match="4353 is not in the vocabulary"):
@@ -304,17 +379,38 @@ def test_decode_takes_rows_of_all_kinds():
         (torch.tensor(7), r"not Tensor of shape \(\)"),
         (numpy.zeros((1, 2), int), r"not ndarray of shape \(1, 2\)"),
         (torch.tensor([1.0]), "integer ids"),
-        ([1.0], "integer ids"),
-        ([[1]], "integer ids, not list"),
-        (["a"], "integer ids"),
-        ("abc", "not str"),
-        (7, "not int"),
-        (None, "not NoneType"),
+        (torch.tensor([True]), r"not bool True \(at place 0\)"),
+        (numpy.array([1.5]), r"not float 1.5 \(at place 0\)"),
+        ([1.0], r"integer ids, not float 1.0 \(at place 0\)"),
+        ([1, True], r"not bool True \(at place 1\)"),
+        ([numpy.True_], "not bool True"),
+        ([numpy.float32(2)], r"not float 2.0 \(at place 0\)"),
+        ([torch.tensor(2.0)], r"not float 2.0 \(at place 0\)"),
+        ([torch.tensor([1, 2])], r"not list \[1, 2\] \(at place 0\); of a batch, decode each row"),
+        ([[1]], r"integer ids, not list \[1\] \(at place 0\); of a batch, decode each row"),
+        (["a"], r"integer ids, not str 'a' \(at place 0\)"),
+        ([1, None], r"not NoneType None \(at place 1\)"),
+        (iter([2, 3.5]), r"not float 3.5 \(at place 1\)"),
+        ([[1] * 1000], r"not list \[1, 1[^]]{30,40}\(at place 0\)"),  # cut short
+        ("abc", "not str;"),
+        ("", "not str;"),
+        (b"abc", "not bytes;"),
+        ({5: 1}, "not dict;"),
+        ({5}, "not set;"),
+        (7, "not int;"),
+        (1.5, "not float;"),
+        (numpy.int64(7), r"not int64 of shape \(\)"),
+        (None, "not NoneType;"),
     ],
 )
 def test_decode_refuses(ids, message):
     with pytest.raises(TokenError, match=message):
         OURS.decode(ids)
+
+
+def test_numbers_of_numpy_and_torch_are_ids():
+    assert OURS.decode([numpy.int64(32), torch.tensor(32), 32]) == "AAA"
+    assert OURS.decode(numpy.array([32], object)) == "A"
 
 
 def test_only_strings_are_encoded():
@@ -323,14 +419,69 @@ def test_only_strings_are_encoded():
             OURS.encode(wrong)
     with pytest.raises(TypeError, match="not bytes"):
         Tokenizer.train(b"abc", 300)
+    with pytest.raises(TypeError, match="not bytes"):
+        Tokenizer.from_merges(b"#version: 0.2\n", "x")
 
 
-def test_a_vocabulary_that_cannot_be():
-    with pytest.raises(TokenError, match="vocab_size is 256; .* at least 257"):
-        Tokenizer.train("abc", 256)
-    for merges in ([(0, 256)], [(-1, 0)], [(0, 1), (257, 0)]):
-        with pytest.raises(TokenError, match="does not exist yet"):
-            Tokenizer(merges)
+@pytest.mark.parametrize("size", [256, -1, 0, 300.0, True, "300", None, [300], numpy.float32(300), torch.tensor(300.0)])
+def test_a_size_that_cannot_be(size):
+    with pytest.raises(TokenError, match=r"vocab_size is .*; .* at least 257"):
+        Tokenizer.train("abc", size)
+
+
+@pytest.mark.parametrize("n_merges", [-1, 2.5, 2.0, True, "2", None, [2], numpy.float32(2)])
+def test_a_number_of_merges_that_cannot_be(n_merges):
+    with pytest.raises(TokenError, match=r"n_merges is .*; it must be whole, and 0 or more"):
+        train_bpe("abc abc", n_merges)
+
+
+def test_sizes_of_numpy():
+    assert train_bpe("abc abc", numpy.int32(1)) == train_bpe("abc abc", 1)
+    tokenizer = Tokenizer.train("abc abc", numpy.int64(258))
+    assert type(tokenizer.vocab_size) is int and tokenizer.vocab_size == 258
+
+
+@pytest.mark.parametrize(
+    ("merges", "message"),
+    [
+        ([(0, 256)], r"merge 256 joins \(0, 256\), of which one does not exist yet"),
+        ([(-1, 0)], "does not exist yet"),
+        ([(0, 1), (257, 0)], r"merge 257 joins \(257, 0\)"),
+        ([(0, 1), (0, 1)], r"merge 257 spells b'!\"', which is token 256 already"),
+        ([(0, 1), (1, 2), (256, 2), (0, 257)], "merge 259 spells b'!\"#', which is token 258 already"),
+        ([(1.0, 2)], r"merge 256 is \(1.0, 2\); it must be two whole numbers, the ids that it joins"),
+        ([(True, 2)], r"merge 256 is \(True, 2\)"),
+        ([(1, numpy.float64(2))], "merge 256 is .*two whole numbers"),
+        ([("t", "h")], "merge 256 is .*two whole numbers"),
+        (["th"], "merge 256 is 'th'"),
+        ([(1, 2, 3)], r"merge 256 is \(1, 2, 3\)"),
+        ([(1, 2), 3], "merge 257 is 3"),
+        ([None], "merge 256 is None"),
+        (torch.tensor([[1.0, 2.0]]), r"merge 256 is \[1.0, 2.0\]"),
+        ("th", "needs a list of merges, pairs of ids, not str"),
+        (None, "not NoneType"),
+        (5, "not int"),
+    ],
+)
+def test_merges_that_cannot_be(merges, message):
+    for kind in (Tokenizer, BPE):
+        with pytest.raises(TokenError, match=message):
+            kind(merges)
+
+
+def test_merges_of_other_types():
+    pairs = [(83, 71), (256, 68)]
+    kinds = [
+        iter(pairs),
+        [[83, 71], [256, 68]],
+        numpy.array(pairs),
+        torch.tensor(pairs),
+        [(numpy.int32(83), 71), (256, 68)],
+    ]
+    for merges in (*kinds, dict.fromkeys(pairs)):
+        tokenizer = Tokenizer(merges)
+        assert list(tokenizer.merges) == pairs and {type(i) for pair in tokenizer.merges for i in pair} == {int}
+        assert tokenizer.encode("the") == [257]
 
 
 def test_the_cache_is_bounded_and_changes_nothing(monkeypatch):
