@@ -103,6 +103,18 @@ def test_what_a_cell_prints_is_no_citation(tmp_path):
     assert "[B20] [Q99]" in page and warnings == ""
 
 
+# --- for readers who hear a page ---
+
+
+def test_sources_are_the_entries_of_a_list_and_folded_code_is_named_by_its_words(tmp_path):
+    folded = new_code_cell("x = 1", execution_count=1, metadata={"tags": ["hide-input"]})
+    page, warnings = press(tmp_path, "Said in [B20] and [KB15], and [B20].", folded)
+    sources = (tmp_path / "out" / "book" / "references.html").read_text()
+    assert warnings == "" and sources.count('role="list"') == 1 and sources.count('role="listitem"') == 2
+    assert "doc-biblioentry" not in sources
+    assert re.search(r'<summary>\s*<p class="collapsed admonition-title">Show', page)
+
+
 # --- boxes ---
 
 

@@ -33,6 +33,21 @@ NOT_TEXT = (
     nodes.raw,
 )
 EXERCISE = re.compile(r"Exercise \d+: \S")
+# what the theme's pages get for readers who hear them or use no mouse: before, after
+MENDED = {
+    # a name begins with the words that are seen
+    r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"': r"\1",
+    r'<summary aria-label="[^"]*">': "<summary>",
+    # everything stands in a landmark, and every dialog has a name
+    r'(<div id="pst-primary-sidebar")': r'\1 role="navigation" aria-label="Book"',
+    r'(<dialog id="pst-primary-sidebar-modal")': r'\1 aria-label="Book"',
+    r'(<dialog id="pst-secondary-sidebar-modal")': r'\1 aria-label="Contents"',
+    r'(<dialog id="pst-search-dialog")': r'\1 aria-label="Search"',
+    # an entry of a list is a list's entry
+    'role="doc-biblioentry"': 'role="listitem"',
+    # the icon script weighs 1.5 MB; the theme's style sheet draws the icons
+    r"\s*<(script|link)\b[^>]*fontawesome\.js[^>]*>(</script>)?": "",
+}
 NOTEBOOK_LINK = re.compile(r'(<a\b[^>]*?\bhref=")([\w./-]+)\.ipynb\b')
 
 
@@ -227,15 +242,21 @@ def leave_out_unused_math(app, pagename, templatename, context, doctree) -> None
         ]
 
 
-def leave_out_icon_script(app, exception) -> None:
-    """Take out the theme's icon script, 1.5 MB: its style sheet draws the icons."""
-    script = re.compile(r"\s*<(script|link)\b[^>]*fontawesome\.js[^>]*>(</script>)?")
+def mend_pages(app, exception) -> None:
+    """Change what MENDED names on every page of the theme; the icon script goes."""
     for path in Path(app.outdir).rglob("*.html"):
-        path.write_text(
-            script.sub("", path.read_text(encoding="utf-8")), encoding="utf-8"
-        )
-    for path in (Path(app.outdir) / "_static" / "scripts").glob("fontawesome.js*"):
+        page = path.read_text(encoding="utf-8")
+        for before, after in MENDED.items():
+            page = re.sub(before, after, page)
+        path.write_text(page, encoding="utf-8")
+    static = Path(app.outdir) / "_static"
+    for path in (static / "scripts").glob("fontawesome.js*"):
         path.unlink()
+    button = static / "togglebutton.js"  # its words "Show" and "Hide" are in its name
+    if button.is_file():
+        words = button.read_text(encoding="utf-8")
+        words = words.replace("Toggle hidden content", "Show or Hide the solution")
+        button.write_text(words, encoding="utf-8")
 
 
 def print_version(app, config) -> None:
@@ -251,6 +272,6 @@ def setup(app):
         app.add_transform(transform)
     app.connect("source-read", complete)
     app.connect("config-inited", print_version)
-    app.connect("build-finished", leave_out_icon_script)
+    app.connect("build-finished", mend_pages)
     app.connect("html-page-context", leave_out_unused_math, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
