@@ -2,14 +2,22 @@
 
 # Made from book/09_cache.ipynb by tools/export.py; edit the chapter.
 import functools
+from types import MethodType
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from gpt3lib.attention import CausalSelfAttention
-from gpt3lib.embeddings import ContextError, check_tokens
-from gpt3lib.generation import PromptError, check_settings, choose, last_logits
+from gpt3lib.embeddings import ContextError, Embeddings
+from gpt3lib.files import is_whole
+from gpt3lib.generation import (
+    PromptError,
+    check_prompt,
+    check_settings,
+    choose,
+    last_logits,
+)
 from gpt3lib.model import GPT, MLP, Block
 from gpt3lib.sparse_attention import BandedSelfAttention
 
@@ -67,7 +75,8 @@ class KVCache:
 
     def tracks(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, T) new ids -> (T,) tracks they sit on: those after the tokens seen."""
-        return self.length + torch.arange(tokens.shape[1], device=tokens.device)
+        stop = self.length + tokens.shape[1]
+        return torch.arange(self.length, stop, device=tokens.device)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order, in every layer."""
@@ -128,6 +137,58 @@ class RingCache(LayerCache):
         return torch.arange(start, stop, device=self.keys.device) % self.n_slots
 
 
+# the functions that a cache and OneStep rely on, as they are now
+OWN = {
+    cls: {name: getattr(cls, name) for name in names}
+    for cls, names in (
+        (GPT, ["hidden"]),
+        (Embeddings, ["forward", "unembed"]),
+        (Block, ["forward"]),
+        (CausalSelfAttention, ["forward", "heads", "look"]),
+        (BandedSelfAttention, ["forward", "heads", "look"]),
+        (MLP, ["forward"]),
+    )
+}
+
+
+def is_own(part, cls) -> bool:
+    """Whether a part still has its class's functions: not overridden, not exchanged."""
+    functions = OWN[cls].items()
+    return all(getattr(part, name, 0) == MethodType(f, part) for name, f in functions)
+
+
+def is_unhooked(part) -> bool:
+    """Whether calling a part is calling its class's forward."""
+    return (
+        "forward" not in vars(part)
+        and not (part._forward_hooks or part._forward_pre_hooks)
+        and not (part._backward_hooks or part._backward_pre_hooks)
+        and part._compiled_call_impl is None
+    )
+
+
+def is_untouched(part, cls) -> bool:
+    """Whether calling a part does what cls says and nothing else, on plain tensors."""
+    return (
+        type(part) is cls
+        and is_unhooked(part)
+        and (cls not in OWN or is_own(part, cls))
+        and all(
+            type(getattr(part, name, None)) in (nn.Parameter, torch.Tensor, type(None))
+            for name in ("weight", "bias")
+        )
+    )
+
+
+def function_of(part):
+    """The function inside a table or a GELU that is torch's own, else the part."""
+    if is_untouched(part, nn.Embedding) and part.max_norm is None:
+        return functools.partial(F.embedding, weight=part.weight)
+    if is_untouched(part, nn.GELU):
+        return functools.partial(F.gelu, approximate=part.approximate)
+    return part
+
+
 def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -135,27 +196,37 @@ def product(
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
+def add_product(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x + y @ weight + bias."""
+    x = torch.addmm(x, y, weight)
+    return x if bias is None else x.add_(bias)
+
+
 class OneStep:
     """last_logits for one new token per text, as bare products: modules cost time.
 
     Each weight is a transposed view, no copy; a residual sum is the product's addition.
+    Right for a model that is_plain.
     """
 
     def __init__(self, model):
-        self.model, self.layers = model, []
+        self.embeddings, self.ln_f, self.layers = model.embeddings, model.ln_f, []
+        self.wte = function_of(model.embeddings.wte)
+        self.wpe = function_of(model.embeddings.wpe)
         for block in model.blocks:
             a, mlp = block.attention, block.mlp
             linears = (a.wq, a.wk, a.wv, a.wo, mlp.up, mlp.down)
             weights = [(linear.weight.t(), linear.bias) for linear in linears]
             norms = [(ln.weight, ln.bias, ln.eps) for ln in (block.ln_1, block.ln_2)]
-            self.layers.append((a, mlp.activation, *norms, *weights))
+            self.layers.append((a, function_of(mlp.activation), *norms, *weights))
 
     @torch.inference_mode()  # no notes for gradients: these logits are read once
     def __call__(self, new: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """(B, 1) ids -> (B, vocab_size)."""
-        embeddings, ln_f = self.model.embeddings, self.model.ln_f
-        x = embeddings(new, cache.tracks(new))[:, 0]  # (B, d_model)
-        width = x.shape[1:]
+        x = (self.wte(new) + self.wpe(cache.tracks(new)))[:, 0]  # (B, d_model)
+        width, ln_f = x.shape[1:], self.ln_f
         for layer, held in zip(self.layers, cache.layers):
             attention, bend, ln_1, ln_2, wq, wk, wv, wo, up, down = layer
             y = torch.layer_norm(x, width, *ln_1)
@@ -163,59 +234,78 @@ class OneStep:
             q, k, v = (product(y, *linear).view(heads) for linear in (wq, wk, wv))
             k, v, mask = held.append(k, v)  # all that the token may look at
             mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=attention.scale)
-            x = torch.addmm(x, mixed.flatten(1), wo[0]).add_(wo[1])
+            x = add_product(x, mixed.flatten(1), *wo)
             y = bend(product(torch.layer_norm(x, width, *ln_2), *up))
-            x = torch.addmm(x, y, down[0]).add_(down[1])
+            x = add_product(x, y, *down)
         x = torch.layer_norm(x, width, ln_f.weight, ln_f.bias, ln_f.eps)
-        return embeddings.unembed(x)
+        return self.embeddings.unembed(x)
 
 
-WALKED_ROUND = {
-    Block,
-    MLP,
-    CausalSelfAttention,
-    BandedSelfAttention,
-    nn.Linear,
-    nn.LayerNorm,
-}
+KINDS = {"dense": CausalSelfAttention, "banded": BandedSelfAttention}
 
 
-def is_plain(model) -> bool:
-    """Whether OneStep may go round the parts: GPT's own, nothing hooked to them."""
-    device = model.embeddings.wte.weight.device.type
-    if type(model).hidden is not GPT.hidden or torch.is_autocast_enabled(device):
+def uncompiled(part):
+    """What torch.compile wrapped, or the part itself."""
+    return getattr(part, "_orig_mod", part)
+
+
+def may_cache(model) -> bool:
+    """Whether tokens meet only in layers of GPT's own, of the kinds that config names.
+
+    All the rest, such as hooks, must treat each track alone; nobody can check that.
+    """
+    model, kinds = uncompiled(model), model.config.kinds
+    if not (is_own(model, GPT) and is_own(model.embeddings, Embeddings)):
         return False
-    if not all(
-        type(block) is Block and type(block.mlp) is MLP for block in model.blocks
-    ):
-        return False
-    called = [model.embeddings, *(block.mlp.activation for block in model.blocks)]
-    parts = [part for block in model.blocks for part in block.modules()]
-    return not any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or "forward" in vars(part)
-        or (part is not model and type(part) not in WALKED_ROUND)
-        for part in [model, model.ln_f, *parts]
-        if not any(part is other for other in called)
+    return len(model.blocks) == len(kinds) and all(
+        is_own(block, Block)
+        and type(block.attention) is KINDS[kind]
+        and is_own(block.attention, KINDS[kind])
+        and (kind == "dense" or block.attention.bandwidth == model.config.bandwidth)
+        for block, kind in zip(map(uncompiled, model.blocks), kinds)
     )
 
 
+def is_plain(model) -> bool:
+    """Whether OneStep may go round the modules: each is as GPT makes it, untouched."""
+    if nn.modules.module._has_any_global_hook() or not may_cache(model):
+        return False
+    if torch.is_autocast_enabled(model.embeddings.wte.weight.device.type):
+        return False
+    if not (is_unhooked(model.embeddings.wte) and is_unhooked(model.embeddings.wpe)):
+        return False
+    parts = [(model.embeddings, Embeddings), (model.ln_f, nn.LayerNorm)]
+    for block, kind in zip(model.blocks, model.config.kinds):
+        a, mlp = block.attention, block.mlp
+        parts += [(block, Block), (a, KINDS[kind]), (mlp, MLP)]
+        parts += [(ln, nn.LayerNorm) for ln in (block.ln_1, block.ln_2)]
+        if type(mlp) is MLP:
+            linears = (a.wq, a.wk, a.wv, a.wo, mlp.up, mlp.down)
+            parts += [(linear, nn.Linear) for linear in linears]
+            relu = type(mlp.activation) is nn.ReLU  # OPT's
+            parts.append((mlp.activation, nn.ReLU if relu else nn.GELU))
+    return all(is_untouched(part, cls) for part, cls in parts)
+
+
 class Reader:
-    """last_logits of texts that grow by a token per call, to n_slots tokens."""
+    """last_logits of texts that grow by a token per call, to n_slots tokens.
+
+    A model is looked at when its reader is made; change it, and make another.
+    """
 
     def __init__(self, model, n_slots: int):
         self.model, self.n_ctx = model, model.config.n_ctx
         self.cache = KVCache(model.config, min(self.n_ctx, n_slots))
+        self.cached = may_cache(model)
         through_modules = functools.partial(last_logits, model)
         self.one_step = OneStep(model) if is_plain(model) else through_modules
 
     @torch.no_grad()  # OneStep goes further: its logits can never be used in training
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, T) texts -> (B, vocab_size)."""
-        if self.cache.length == 0:
+        if self.cached and self.cache.length == 0:
             return self.read(tokens)
-        if self.cache.length < self.n_ctx:
+        if self.cached and self.cache.length < self.n_ctx:
             return self.one_step(tokens[:, -1:], self.cache)
         return self.slide(tokens)
 
@@ -224,8 +314,13 @@ class Reader:
         return last_logits(self.model, tokens, self.cache)
 
     def slide(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The last n_ctx tokens, without a cache: each sits on another track now."""
+        """The last n_ctx tokens, without a cache: each may sit on another track now."""
         return last_logits(self.model, tokens[:, -self.n_ctx :])
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with these rows of the batch, in this order."""
+        if self.cached:
+            self.cache.select(rows)
 
 
 def stream(read, tokens, max_new_tokens, temperature, top_k, top_p, generator, stop):
@@ -234,6 +329,7 @@ def stream(read, tokens, max_new_tokens, temperature, top_k, top_p, generator, s
     read: a Reader; the others as in generate, except that nothing is checked here.
     """
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    stop = None if stop is None else int(stop)  # numpy's too
     for _ in range(max_new_tokens):
         chosen = choose(read(tokens), temperature, top_k, top_p, generator)  # (B,)
         if stop is not None:
@@ -259,12 +355,14 @@ def generate(
 
     temperature=0 is greedy. stop: an id that ends a text; ended texts go on with it
     until all have ended, so fewer columns may come back. Beyond n_ctx the window slides
-    and each step reads all of it: tokens change tracks, the cache is worthless. Raises
+    and each step reads all of it: tokens change tracks, the cache is worthless. It is
+    also left out for a model that may_cache refuses. Ids come back as int64. Raises
     PromptError, ContextError or TokenError before any work.
     """
     settings = (temperature, top_k, top_p, generator, stop)
     check_request(model, tokens, max_new_tokens, *settings)
-    read = Reader(model, tokens.shape[-1] + max_new_tokens)
+    tokens = tokens.long()
+    read = Reader(model, tokens.shape[1] + int(max_new_tokens))
     new = stream(read, tokens, max_new_tokens, *settings)
     return torch.cat([tokens, *(chosen[:, None] for chosen in new)], dim=1)
 
@@ -273,42 +371,25 @@ def check_request(
     model, tokens, max_new_tokens, temperature, top_k, top_p, generator=None, stop=None
 ) -> None:
     """Everything that can be wrong with a call of generate, said before any work."""
-    is_tensor = isinstance(tokens, torch.Tensor)
-    if not is_tensor or tokens.dim() != 2:
-        kind = f"a {type(tokens).__name__}"
-        got = f"shape {tuple(tokens.shape)}" if is_tensor else kind
-        raise PromptError(
-            f"tokens must be a tensor (B, T), got {got}; "
-            "for one prompt use torch.tensor([ids])"
-        )
-    if tokens.shape[1] == 0:
-        raise PromptError(
-            "the prompt is empty; start a text from nothing with the end-of-text token"
-        )
+    check_prompt(model, tokens)
     n_ctx, vocab_size = model.config.n_ctx, model.config.vocab_size
     if tokens.shape[1] > n_ctx:
         raise ContextError(
             f"the prompt has {tokens.shape[1]} tokens, the context {n_ctx}; shorten it"
         )
-    home = model.embeddings.wte.weight.device
-    if tokens.device != home:
-        raise PromptError(
-            f"the tokens are on {tokens.device}, the model on {home}; "
-            f"use tokens.to({str(home)!r})"
-        )
-    check_tokens(tokens.cpu(), vocab_size)  # one look per request, on any device
-    if type(max_new_tokens) is not int or max_new_tokens < 0:
+    if not is_whole(max_new_tokens, least=0):
         raise PromptError(
             f"max_new_tokens is {max_new_tokens!r}; "
             "it must be 0 or more, a whole number"
         )
-    check_settings(temperature, top_k, top_p)
-    if generator is not None and generator.device.type != tokens.device.type:
-        raise PromptError(
-            f"the generator is on {generator.device.type}, the tokens on "
-            f"{tokens.device.type}; put both on one device"
-        )
-    if stop is not None and (type(stop) is not int or not 0 <= stop < vocab_size):
+    if stop is not None and not (is_whole(stop, least=0) and stop < vocab_size):
         raise PromptError(
             f"stop is {stop!r}; it must be one token id, 0 to {vocab_size - 1}"
         )
+    where = getattr(generator, "device", tokens.device)
+    if isinstance(where, torch.device) and where.type != tokens.device.type:
+        raise PromptError(
+            f"the generator is on {where.type}, the tokens on "
+            f"{tokens.device.type}; put both on one device"
+        )
+    check_settings(temperature, top_k, top_p, generator)

@@ -7,18 +7,31 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from gpt3lib.cache import KVCache, Reader, check_request, stream
-from gpt3lib.generation import PromptError, check_logits, last_logits
+from gpt3lib.files import is_whole
+from gpt3lib.generation import PromptError, check_logits, is_number, last_logits
 from gpt3lib.sparse_attention import banded_mask
 
 
 # What is refused; the workshop at the end of this page has a table of it.
+def as_list(items):
+    """A sequence, tensor or array as a list; None for text and for a single thing."""
+    items = items.tolist() if hasattr(items, "tolist") else items
+    several = isinstance(items, Iterable) and not isinstance(items, (str, bytes, dict))
+    return list(items) if several else None
+
+
 def check_prompts(prompts) -> list[list[int]]:
-    """The prompts as a list. Raises PromptError for none, an empty one, or text."""
-    prompts = prompts if isinstance(prompts, str) else list(prompts)
-    if isinstance(prompts, str) or not all(isinstance(ids, list) for ids in prompts):
+    """The prompts as lists. Raises PromptError for none, an empty one, or text."""
+    prompts = as_list(prompts)
+    rows = None if prompts is None else [as_list(ids) for ids in prompts]
+    if rows is None or not all(
+        ids is not None and all(is_whole(i, least=float("-inf")) for i in ids)
+        for ids in rows
+    ):
         raise PromptError(
             "prompts must be a list of lists of ids; encode each text first"
         )
+    prompts = [[int(i) for i in ids] for ids in rows]
     if not prompts or not all(prompts):
         empty = [i for i, ids in enumerate(prompts) if not ids]
         where = f"prompt {empty[0]} is empty" if prompts else "there are no prompts"
@@ -37,11 +50,24 @@ def check_search(tokens: torch.Tensor, width: int, length_penalty: float) -> Non
         raise PromptError(
             f"beam search takes one prompt (1, T), got {len(tokens)}; call it for each"
         )
-    if type(width) is not int or width < 1:
+    if not is_whole(width):
         raise PromptError(f"width is {width!r}; at least 1 text must be kept")
-    if not 0 <= length_penalty < float("inf"):  # also catches nan
+    # a comparison with nan is false, so nan is refused too
+    if not (is_number(length_penalty) and 0 <= length_penalty < float("inf")):
         raise PromptError(
-            f"length_penalty is {length_penalty}; use 0 for none, or a positive number"
+            f"length_penalty is {length_penalty!r}; "
+            "use 0 for none, or a positive number"
+        )
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise PromptError for a thing that has not what write_on uses of a Tokenizer."""
+    names = ("encode", "decode_bytes", "vocab_size")
+    missing = [name for name in names if not hasattr(tokenizer, name)]
+    if missing:
+        raise PromptError(
+            f"the tokenizer is a {type(tokenizer).__name__} without "
+            f"{', '.join(missing)}; pass a gpt3lib.Tokenizer"
         )
 
 
@@ -107,16 +133,22 @@ def write_on(
 ) -> Iterator[str]:
     """A prompt -> pieces of text that go on with it, each as soon as it is made.
 
-    Pieces are whole characters. stop: an id that ends the text and is not shown. Other
-    arguments and errors as in generate; errors come at the call, before any piece.
+    Pieces are whole characters. stop: an id that ends the text and is not shown. Ids of
+    the model that the tokenizer has not are never chosen. Other arguments and errors as
+    in generate; errors come at the call, before any piece.
     """
+    check_tokenizer(tokenizer)
     home = model.embeddings.wte.weight.device
     ids = tokenizer.encode(prompt)
     tokens = torch.tensor([ids], dtype=torch.int64).to(home)
     settings = (temperature, top_k, top_p, generator, stop)
     check_request(model, tokens, max_new_tokens, *settings)
-    read = Reader(model, tokens.shape[1] + max_new_tokens)
-    steps = stream(read, tokens, max_new_tokens, *settings)
+    read = Reader(model, tokens.shape[1] + int(max_new_tokens))
+
+    def known(tokens):
+        return read(tokens)[:, : tokenizer.vocab_size]
+
+    steps = stream(known, tokens, max_new_tokens, *settings)
     chosen = (row.item() for row in steps)
     return whole_characters(tokenizer, iter(chosen.__next__, stop))
 
@@ -137,8 +169,8 @@ def beam_search(model, tokens, max_new_tokens, width=4, length_penalty=0.6, stop
     """
     check_request(model, tokens, max_new_tokens, 0, None, None, stop=stop)
     check_search(tokens, width, length_penalty)
-    n_prompt, n = tokens.shape[1], 0
-    read = Reader(model, n_prompt + max_new_tokens)
+    n_prompt, n, width = tokens.shape[1], 0, int(width)
+    read = Reader(model, n_prompt + int(max_new_tokens))
     live = torch.zeros(1, device=tokens.device)  # (beams,) log p
     finished = []  # (score, new ids)
     while n < max_new_tokens and len(live):
@@ -155,7 +187,7 @@ def beam_search(model, tokens, max_new_tokens, width=4, length_penalty=0.6, stop
         live, best = live[live.isfinite()], best[live.isfinite()]
         parents, new = best // totals.shape[1], best % totals.shape[1]
         tokens = torch.cat([tokens[parents], new[:, None]], dim=1)
-        read.cache.select(parents)
+        read.select(parents)
         if len(finished) == width and len(live):
             hope = penalise(live.max().item(), max_new_tokens, length_penalty)
             if hope <= finished[-1][0]:
@@ -227,7 +259,10 @@ def read_in_portions(
 
 
 class PaddedReader(Reader):
-    """A Reader of texts with empty tracks before them; pad: (B,), how many."""
+    """A Reader of texts with empty tracks before them; pad: (B,), how many.
+
+    A model that may_cache refuses may not hear the mask either, and reads each alone.
+    """
 
     def __init__(self, model, n_slots: int, pad: torch.Tensor):
         super().__init__(model, n_slots)
@@ -240,6 +275,9 @@ class PaddedReader(Reader):
 
     def slide(self, tokens: torch.Tensor) -> torch.Tensor:
         """The last n_ctx tracks; empty ones are the first to fall out of the window."""
+        if not self.cached:
+            rows = zip(tokens, self.pad.tolist())
+            return torch.cat([Reader.slide(self, row[None, n:]) for row, n in rows])
         left = (self.pad - (tokens.shape[1] - self.n_ctx)).clamp(min=0)
         cache = PaddedCache(self.model.config, self.n_ctx, left)
         return read_in_portions(self.model, tokens[:, -self.n_ctx :], cache)
@@ -257,14 +295,16 @@ def generate_many(
 ) -> list[list[int]]:
     """Lists of ids, of any lengths -> the new ids of each, up to its first `stop`.
 
-    One batch; with temperature 0 each text is what it would be alone. The stop is not
-    returned. Arguments and errors as in generate.
+    One batch; with temperature 0 each text is what it would be alone, unless rounding
+    decides: a batch may add in another order, and two tokens that are nearly equal may
+    then change places; in bfloat16 many are. The stop is not returned. Other arguments
+    and errors as in generate.
     """
     home = model.embeddings.wte.weight.device
     tokens, pad = (tensor.to(home) for tensor in pad_left(prompts))
     settings = (temperature, top_k, top_p, generator, stop)
     check_request(model, tokens, max_new_tokens, *settings)
-    n_slots = tokens.shape[1] + max_new_tokens
+    n_slots = tokens.shape[1] + int(max_new_tokens)
     # without empty tracks there is no mask, and a faster kernel
     read = PaddedReader(model, n_slots, pad) if pad.any() else Reader(model, n_slots)
     steps = stream(read, tokens, max_new_tokens, *settings)

@@ -1,7 +1,12 @@
 """Text comes out one token at a time: read, choose the next, append it, read again."""
 
 # Made from book/08_generation.ipynb by tools/export.py; edit the chapter.
+import numbers
+
 import torch
+
+from gpt3lib.embeddings import check_tokens
+from gpt3lib.files import is_whole
 
 
 # What is refused; the workshop at the end of this page has a table of it.
@@ -9,16 +14,63 @@ class PromptError(ValueError):
     """A prompt without a token, or a sampling setting that leaves nothing to sample."""
 
 
-def check_settings(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise PromptError unless something is left to choose from."""
-    if not 0 <= temperature < float("inf"):  # also catches nan
+def is_number(value) -> bool:
+    """Whether a value is a real number, Python's or numpy's, and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_settings(temperature, top_k, top_p, generator=None) -> None:
+    """Raise PromptError unless something is left to choose from, and a die for it."""
+    # a comparison with nan is false, so nan is refused too
+    if not (is_number(temperature) and 0 <= temperature < float("inf")):
         raise PromptError(
-            f"temperature is {temperature}; use 0 for greedy, or a positive number"
+            f"temperature is {temperature!r}; use 0 for greedy, or a positive number"
         )
-    if top_k is not None and top_k < 1:
-        raise PromptError(f"top_k is {top_k}; at least 1 token must stay")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise PromptError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if top_k is not None and not is_whole(top_k):
+        raise PromptError(
+            f"top_k is {top_k!r}; at least 1 token must stay, a whole number"
+        )
+    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+        raise PromptError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise PromptError(
+            f"generator is {generator!r}; it must be a torch.Generator, such as "
+            "torch.Generator().manual_seed(0)"
+        )
+
+
+def check_prompt(model, tokens) -> None:
+    """Raise PromptError or TokenError unless the model can read on from the tokens."""
+    if not hasattr(model, "config") or not hasattr(model, "embeddings"):
+        raise PromptError(f"the model is a {type(model).__name__}; it must be a GPT")
+    is_tensor = isinstance(tokens, torch.Tensor)
+    if not is_tensor or tokens.dim() != 2:
+        kind = f"a {type(tokens).__name__}"
+        got = f"shape {tuple(tokens.shape)}" if is_tensor else kind
+        raise PromptError(
+            f"tokens must be a tensor (B, T), got {got}; "
+            "for one prompt use torch.tensor([ids])"
+        )
+    if tokens.shape[1] == 0:
+        raise PromptError(
+            "the prompt is empty; start a text from nothing with the end-of-text token"
+        )
+    table, vocab_size = model.embeddings.wte.weight, model.config.vocab_size
+    if len(table) != vocab_size:
+        raise PromptError(
+            f"the model's token table has {len(table)} rows, its config says "
+            f"vocab_size = {vocab_size}; make them equal"
+        )
+    if table.is_meta:
+        raise PromptError(
+            "the model is on the meta device and has no numbers; load its weights first"
+        )
+    if tokens.device != table.device:
+        raise PromptError(
+            f"the tokens are on {tokens.device}, the model on {table.device}; "
+            f"use tokens.to({str(table.device)!r})"
+        )
+    check_tokens(tokens.cpu(), vocab_size)  # one look per request, on any device
 
 
 def check_logits(logits: torch.Tensor) -> None:
@@ -44,7 +96,7 @@ def scale(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     temperatures finite.
     """
     largest = logits.max(dim=-1, keepdim=True).values
-    return (logits - largest) / max(temperature, 1e-30)
+    return (logits - largest) / max(float(temperature), 1e-30)
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -52,7 +104,7 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
     Ties with the k-th stay ([F18]).
     """
-    kth = logits.topk(min(k, logits.shape[-1])).values[..., -1:]  # (..., 1)
+    kth = logits.topk(min(int(k), logits.shape[-1])).values[..., -1:]  # (..., 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
@@ -60,13 +112,15 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """(..., vocab_size) -> the same, cut to the fewest likeliest tokens that hold p.
 
     A token stays when the tokens ahead of it hold less than p ([H20]), so one always
-    stays; p = 1 keeps all.
+    stays; p = 1 keeps all. A sum within a millionth of p counts as p: float32 logits
+    do not tell more.
     """
     if p >= 1:
         return logits  # a sum of thousands of floats may reach 1 too early
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = values.softmax(dim=-1, dtype=torch.float32)
-    drop = probabilities.cumsum(dim=-1) - probabilities >= p
+    ahead = probabilities.cumsum(dim=-1) - probabilities
+    drop = ahead >= float(p) - 1e-6
     drop[..., 0] = False
     values = values.masked_fill(drop, -torch.inf)
     return torch.empty_like(logits).scatter(-1, order, values)
@@ -81,7 +135,7 @@ def choose(
     top_k, then by top_p, and one token is drawn with `generator`. Raises PromptError
     for a wrong setting, FloatingPointError for logits that are no numbers.
     """
-    check_settings(temperature, top_k, top_p)
+    check_settings(temperature, top_k, top_p, generator)
     logits = logits.float()  # half-precision probabilities would not add up to 1
     check_logits(logits)
     if temperature == 0:
@@ -104,7 +158,11 @@ def generate_slowly(
     top_p=None,
     generator=None,
 ):
-    """(B, T) prompts -> (B, T + max_new_tokens); each token reads the text anew."""
+    """(B, T) prompts -> (B, T + max_new_tokens); each token reads the text anew.
+
+    Raises PromptError or TokenError for a prompt that is none, and what choose raises.
+    """
+    check_prompt(model, tokens)
     for _ in range(max_new_tokens):
         seen = tokens[:, -model.config.n_ctx :]  # the oldest tokens fall out
         logits = last_logits(model, seen)

@@ -1,14 +1,20 @@
 """The cache against the plain loop: every kind of layer, every length, and a step that goes round the modules."""
 
+import functools
 import math
+import re
 from dataclasses import replace
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
+from gpt3lib.attention import CausalSelfAttention
 from gpt3lib.cache import (
     KVCache,
     LayerCache,
@@ -18,11 +24,13 @@ from gpt3lib.cache import (
     cache_numbers,
     generate,
     is_plain,
+    may_cache,
     stream,
 )
+from gpt3lib.decoding import beam_search, generate_many
 from gpt3lib.embeddings import ContextError
 from gpt3lib.generation import PromptError, generate_slowly, last_logits
-from gpt3lib.model import GPT, GPTConfig
+from gpt3lib.model import GPT, MLP, GPTConfig
 from gpt3lib.tokenization import TokenError
 from gpt3lib.weights import OtherConfig, OtherGPT
 from oracles import to_gpt2
@@ -326,43 +334,193 @@ def test_one_step_copies_no_weight():
         torch.testing.assert_close(step(tokens, cache), last_logits(model, tokens))
 
 
-class OwnMLP(torch.nn.Module):
+class Twice(nn.Module):
+    """A part of somebody else's, around the part that was there, or alone."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner = inner or nn.Identity()
+
     def forward(self, x):
-        return torch.zeros_like(x)
+        return 2 * self.inner(x)
 
 
-def test_a_model_with_a_foreign_part_is_not_plain():
-    assert is_plain(lively()) and is_plain(lively(attention=("banded",), bandwidth=2))
-    model = lively()
-    hook = model.blocks[1].ln_2.register_forward_hook(lambda *_: None)
+class Deaf(nn.Module):
+    """A layer, or an attention, that never looks at its past: each track sees the mean of those before."""
+
+    def forward(self, x, past=None):
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+class Mirrored(GPT):
+    def hidden(self, tokens, past=None):
+        return super().hidden(tokens, past).flip(-1)
+
+
+class Louder(CausalSelfAttention):
+    def look(self, q, k, v, mask=None):
+        return 2 * super().look(q, k, v, mask)
+
+
+def put(name, value):
+    """A change: value(what is there) in the place of `name`, a path from the model."""
+
+    def change(model):
+        *path, last = name.split(".")
+        part = functools.reduce(getattr, path, model)
+        setattr(part, last, value(getattr(part, last)))
+
+    return change
+
+
+def hook(name, function=lambda part, inputs, out: out.flip(-1), kind="register_forward_hook"):
+    """A change: a hook on the part `name`."""
+    return lambda model: getattr(model.get_submodule(name), kind)(function)
+
+
+def mlp_changes(kind, **named):
+    return lambda model: kind(model.blocks[0].mlp.up, "weight", **named)
+
+
+PLAIN = {  # the step says exactly what these do
+    "untouched": lambda model: None,
+    "down has no bias": put("blocks.0.mlp.down.bias", lambda old: None),
+    "nobody has a bias": lambda model: [setattr(m, "bias", None) for m in model.modules() if isinstance(m, nn.Linear)],
+    "norms without numbers": put("blocks.0.ln_1", lambda old: nn.LayerNorm(8, elementwise_affine=False)),
+    "norm without bias": put("ln_f", lambda old: nn.LayerNorm(8, bias=False)),
+    "eps": put("blocks.1.ln_2.eps", lambda old: 0.5),
+    "scale": put("blocks.0.attention.scale", lambda old: 2.0),
+    "relu": put("blocks.0.mlp.activation", lambda old: nn.ReLU()),
+    "another GELU": put("blocks.0.mlp.activation", lambda old: nn.GELU()),
+    "shared MLP": lambda model: setattr(model.blocks[1], "mlp", model.blocks[0].mlp),
+    "a table by formula": put(
+        "embeddings.wte", lambda old: parametrize.register_parametrization(old, "weight", Twice())
+    ),
+    "positions by formula": put("embeddings.wpe", lambda old: Twice(old)),
+    "a note": lambda model: setattr(model, "note", "mine") or setattr(model.blocks[0], "name", "first"),
+    "other forward, unused": lambda model: setattr(model, "forward", None),
+    "double": lambda model: model.double(),
+    "training": lambda model: model.train(),
+}
+CACHED = {  # through the modules, with the cache
+    "mlp": put("blocks.1.mlp", lambda old: Twice()),
+    "mlp in a row": put("blocks.0.mlp", lambda old: nn.Sequential(old.up, old.activation, old.down)),
+    "no norm": put("ln_f", lambda old: nn.Identity()),
+    "another norm": put("blocks.0.ln_1", lambda old: nn.RMSNorm(8)),
+    "LoRA": put("blocks.0.attention.wq", Twice),
+    "dropout": put("blocks.0.mlp.up", lambda old: nn.Sequential(old, nn.Dropout(0.5)).eval()),
+    "activation": put("blocks.0.mlp.activation", lambda old: Twice(nn.Sigmoid())),
+    "its forward": put("blocks.0.mlp.activation.forward", lambda old: torch.sin),
+    "forward of a linear": put("blocks.0.mlp.down.forward", lambda old: lambda x: 3 * old(x)),
+    "forward of a table": put("embeddings.wte.forward", lambda old: lambda x: 3 * old(x)),
+    "parametrization": mlp_changes(parametrize.register_parametrization, parametrization=Twice()),
+    "weight norm": lambda model: parametrizations.weight_norm(model.blocks[0].mlp.up),
+    "pruning": mlp_changes(prune.l1_unstructured, amount=0.5),
+    "hook on a block": hook("blocks.0"),
+    "hook on a linear": hook("blocks.0.attention.wv"),
+    "hook on a norm": hook("blocks.1.ln_2"),
+    "hook on ln_f": hook("ln_f"),
+    "hook on the embeddings": hook("embeddings"),
+    "hook on a table": hook("embeddings.wpe"),
+    "hook on one neuron": hook("blocks.0.mlp.activation", lambda part, inputs, out: out[:, :, :16].repeat(1, 1, 2)),
+    "pre-hook": hook("blocks.0.mlp", lambda part, inputs: (2 * inputs[0],), "register_forward_pre_hook"),
+    "backward hook": hook("blocks.0", lambda *_: None, "register_full_backward_hook"),
+    "compiled part": lambda model: model.blocks[0].mlp.compile(backend="eager"),
+}
+SLOW = {  # tokens may meet somewhere else: the whole text for each token
+    "hidden": put("hidden", lambda old: lambda tokens, past=None: old(tokens, past).flip(-1)),
+    "hidden, deaf": put("hidden", lambda old: lambda tokens, past=None: old(tokens).flip(-1)),
+    "hidden, a method": put(
+        "hidden", lambda old: MethodType(lambda self, *a: GPT.hidden(self, *a).flip(-1), old.__self__)
+    ),
+    "hidden of another": lambda model: setattr(model, "hidden", lively(seed=9).hidden),
+    "subclass": lambda model: setattr(model, "__class__", Mirrored),
+    "embeddings": put("embeddings.forward", lambda old: lambda tokens, tracks=None: old(tokens)),
+    "way out": put("embeddings.unembed", lambda old: lambda h: old(h).flip(-1)),
+    "block": lambda model: model.blocks.__setitem__(0, Deaf()),
+    "forward of a block": put("blocks.1.forward", lambda old: lambda x, past=None: old(x, past).flip(-1)),
+    "attention": lambda model: setattr(model.blocks[0], "attention", Deaf()),
+    "attention's class": lambda model: setattr(model.blocks[0].attention, "__class__", Louder),
+    "look": put("blocks.1.attention.look", lambda old: lambda q, k, v, mask=None: old(q, k, 2 * v, mask)),
+    "heads": put("blocks.0.attention.heads", lambda old: lambda x: old(x).flip(1)),
+    "band": lambda model: setattr(model.blocks[1].attention, "bandwidth", 1),
+    "swapped layers": lambda model: setattr(model, "blocks", model.blocks[::-1]),
+    "fewer layers": lambda model: setattr(model, "blocks", model.blocks[:1]),
+    "more layers": lambda model: model.blocks.append(model.blocks[0]),
+}
+CHANGES = {
+    f"{way}: {name}": (way, c)
+    for way, cs in (("plain", PLAIN), ("cached", CACHED), ("slow", SLOW))
+    for name, c in cs.items()
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_model_says_what_the_plain_loop_says(name):
+    """Whatever was exchanged, hung on or taken away; and the fast step is taken for what it is right for."""
+    way, change = CHANGES[name]
+    model = lively(bandwidth=3, seed=1)
+    change(model)
+    assert (is_plain(model), may_cache(model)) == (way == "plain", way != "slow")
+    start, prompts_ = torch.tensor([[3, 1, 4], [1, 5, 9]]), [[3], [1, 5, 9, 2], [2, 6]]
+    slow = generate_slowly(model, start, 9, temperature=0)
+    assert generate(model, start, 9, temperature=0).equal(slow)
+    hot = {"temperature": 5.0}  # every logit counts
+    assert generate(model, start, 9, **hot, generator=dice()).equal(
+        generate_slowly(model, start, 9, **hot, generator=dice())
+    )
+    alone = [generate_slowly(model, torch.tensor([ids]), 9, temperature=0)[0, len(ids) :].tolist() for ids in prompts_]
+    assert generate_many(model, prompts_, 9, temperature=0) == alone
+    assert beam_search(model, start[:1], 9, width=1)[0] == [slow[0, 3:].tolist()]
+
+
+@torch.no_grad()
+def test_the_changes_change_something():
+    start, same = torch.tensor([[3, 1, 4], [1, 5, 9]]), []
+    before = last_logits(lively(bandwidth=3, seed=1), start)
+    for name, (_, change) in CHANGES.items():
+        model = lively(bandwidth=3, seed=1)
+        change(model)
+        same += [name] if (last_logits(model, start).float() - before).abs().max() < 1e-4 else []
+    silent = "untouched, norms without numbers, norm without bias, a note, other forward, unused, double, training"
+    silent += ", mlp in a row, dropout, weight norm, backward hook, compiled part, band, embeddings"
+    assert all(name.split(": ")[1] in silent for name in same), same
+
+
+def test_functions_exchanged_in_a_class_are_heard(monkeypatch):
+    model, start, old = lively(), torch.tensor([[3, 1, 4]]), MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: 2 * old(self, x))
+    assert not is_plain(model) and may_cache(model)
+    assert generate(model, start, 9, temperature=0).equal(generate_slowly(model, start, 9, temperature=0))
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, tokens, past=None: hidden(self, tokens).flip(-1))
+    assert not may_cache(model)
+    assert generate(model, start, 9, temperature=0).equal(generate_slowly(model, start, 9, temperature=0))
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_global_hooks_are_heard(kind):
+    model, seen = lively(), []
+    handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda part, *_: seen.append(type(part)))
     assert not is_plain(model)
-    hook.remove()
-    hook = model.blocks[0].register_forward_pre_hook(lambda *_: None)
-    assert not is_plain(model)
-    hook.remove()
-    assert is_plain(model)
+    generate(model, torch.tensor([[3, 1, 4]]), 4, temperature=0)
+    handle.remove()
+    assert is_plain(model) and ("backward" in kind or seen.count(nn.LayerNorm) == 5 * 4)
+
+
+def test_autocast_goes_through_the_modules():
     with torch.autocast("cpu"):
-        assert not is_plain(model)
-    model.blocks[0].mlp.up = torch.nn.Sequential(model.blocks[0].mlp.up)
-    assert not is_plain(model)
-    model = lively()
-    model.blocks[1] = OwnMLP()  # it has neither attention nor mlp
-    assert not is_plain(model)
+        assert not is_plain(lively()) and may_cache(lively())
 
 
-@pytest.mark.parametrize("t, n", [(3, 4), (3, 9)])
-def test_foreign_parts_are_heard(t, n):
-    """A replaced MLP, a hook that changes what flows: generate says what the slow twin says."""
-    model = lively(seed=1)
-    start = prompts(model, 2, t)
-    before = generate(model, start, n, temperature=0)
-    model.blocks[1].mlp = OwnMLP()
-    other = generate(model, start, n, temperature=0)
-    assert other.equal(generate_slowly(model, start, n, temperature=0)) and not other.equal(before)
-    model = lively(seed=1)
-    model.blocks[0].attention.register_forward_hook(lambda module, inputs, out: -out)
-    other = generate(model, start, n, temperature=0)
-    assert other.equal(generate_slowly(model, start, n, temperature=0)) and not other.equal(before)
+def test_compiled_models_are_looked_into():
+    model, start = lively(), torch.tensor([[3, 1, 4]])
+    slow = generate_slowly(model, start, 4, temperature=0)
+    whole = torch.compile(model, backend="eager")
+    assert may_cache(whole) and generate(whole, start, 4, temperature=0).equal(slow)
+    model.blocks = nn.ModuleList(torch.compile(block, backend="eager") for block in model.blocks)
+    assert may_cache(model) and not is_plain(model)
+    assert generate(model, start, 4, temperature=0).equal(slow)
 
 
 def test_a_plain_model_does_not_go_through_its_modules(monkeypatch):
@@ -371,16 +529,6 @@ def test_a_plain_model_does_not_go_through_its_modules(monkeypatch):
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda *a: calls.append(1) or forward(*a))
     generate(model, prompts(model, 1, 3), 10)
     assert len(calls) == 5  # two layers and the end, for the prompt only
-
-
-def test_a_forward_put_on_a_part_is_not_gone_round():
-    model = lively(n_ctx=32)
-    down = model.blocks[0].mlp.down
-    assert is_plain(model)
-    down.forward = lambda x: torch.nn.functional.linear(x, down.weight, down.bias) * 3
-    assert not is_plain(model)
-    tokens = prompts(model, 2, 5)
-    assert generate(model, tokens, 8, temperature=0).equal(generate_slowly(model, tokens, 8, temperature=0))
 
 
 # ---- the reader, and where texts end ----
@@ -472,13 +620,20 @@ WRONG = [
         PromptError,
         "the generator is on cuda, the tokens on cpu; put both on one device",
     ),
+    ((OK, 3), {"generator": 7}, PromptError, "generator is 7; it must be a torch.Generator"),
+    ((OK, 3), {"top_k": 50.0}, PromptError, "top_k is 50.0; at least 1 token must stay, a whole number"),
+    ((OK, 3), {"temperature": "1"}, PromptError, "temperature is '1'"),
+    ((OK, 3), {"top_p": True}, PromptError, "top_p is True"),
+    ((np.zeros((1, 3), int), 3), {}, PromptError, "got a ndarray"),
 ]
-ENDED = [({"stop": stop}, f"stop is {stop!r}; it must be one token id, 0 to 22") for stop in (23, -1, True, "a", 1.0)]
+ENDED = [
+    ({"stop": stop}, f"stop is {stop!r}; it must be one token id, 0 to 22") for stop in (23, -1, True, "a", 1.0, {1})
+]
 
 
 @pytest.mark.parametrize("named, message", ENDED)
 def test_wrong_stops(named, message):
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(PromptError, match=re.escape(message)):
         generate(Untouchable(), OK, 3, **named)
 
 
@@ -495,7 +650,16 @@ def test_the_edges_that_are_allowed():
     assert issubclass(PromptError, ValueError)
 
 
-@pytest.mark.parametrize("wrong", [5.0, -1, True, "5"])
+def test_numbers_of_numpy_and_small_ids():
+    model = lively()
+    start = prompts(model, 2, 3)
+    right = generate(model, start, 20, top_k=4, generator=dice(), stop=1)
+    ours = generate(model, start.int(), np.uint8(20), top_k=np.int64(4), generator=dice(), stop=np.int64(1))
+    assert ours.equal(right) and ours.dtype == torch.int64
+    assert generate(model, start.int(), 0).dtype == torch.int64
+
+
+@pytest.mark.parametrize("wrong", [5.0, -1, True, "5", None, math.nan, np.float32(3), np.int64(-1)])
 def test_the_number_of_new_tokens_is_a_whole_number(wrong):
     model = lively()
     with pytest.raises(PromptError, match="max_new_tokens is"):

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,7 +139,13 @@ def test_prompts_of_one_length_need_no_mask(monkeypatch):
         ([[1], [], [2]], PromptError, "prompt 1 is empty; start a text"),
         (["a"], PromptError, "prompts must be a list of lists of ids; encode each text first"),
         ("text", PromptError, "prompts must be a list of lists"),
-        ([1, 2], PromptError, "prompts must be a list of lists"),
+        *((bad, PromptError, "prompts must be a list of lists of ids") for bad in ([1, 2], None, 3, b"ab", {1: [2]})),
+        *(
+            ([[1], bad], PromptError, "prompts must be a list of lists of ids")
+            for bad in ("a", [1.0], [True], 3, [[1]])
+        ),
+        (torch.zeros(1, 2), PromptError, "prompts must be a list of lists"),
+        ([[1], [-1]], TokenError, "token id -1"),
         ([[1], [23]], TokenError, "token id 23"),
         ([[1] * 9, [1]], ContextError, "the prompt has 9 tokens, the context 8"),
     ],
@@ -146,6 +153,38 @@ def test_prompts_of_one_length_need_no_mask(monkeypatch):
 def test_wrong_prompts(prompts, error, message):
     with pytest.raises(error, match=message):
         generate_many(lively(), prompts, 3)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_each_text_is_as_alone_up_to_rounding(kind):
+    """The logits, not only the tokens: their distance is rounding, so only near-ties can fall otherwise."""
+    model = lively(n_ctx=16, n_layers=3, bandwidth=3).to(kind)
+    tokens, pad = pad_left([[5], [3, 1, 4, 1, 5, 9, 2], [6, 5, 3]])
+    read = PaddedReader(model, 16, pad)
+    while tokens.shape[1] < 16:
+        together = read(tokens)
+        with torch.no_grad():
+            for row, n in enumerate(pad.tolist()):
+                alone = last_logits(model, tokens[row : row + 1, n:])[0]
+                assert (together[row] - alone).abs().max() < 200 * torch.finfo(kind).eps * alone.abs().max()
+        tokens = torch.cat([tokens, together.argmax(-1, keepdim=True)], dim=1)
+
+
+def test_prompts_of_many_kinds():
+    model, ids = lively(), [[3, 1], [7]]
+    expected = generate_many(model, ids, 6, temperature=0)
+    for prompts in (
+        tuple(map(tuple, ids)),
+        [torch.tensor(row) for row in ids],
+        [torch.tensor(row, dtype=torch.int32) for row in ids],
+        [np.array(row) for row in ids],
+        [[np.int64(i) for i in row] for row in ids],
+        (iter(row) for row in ids),
+    ):
+        assert generate_many(model, prompts, np.int64(6), temperature=0) == expected
+    both = generate_many(model, [[3, 1], [7, 2]], 6, temperature=0)
+    assert generate_many(model, torch.tensor([[3, 1], [7, 2]]), 6, temperature=0) == both
+    assert all(type(i) is int for row in both for i in row)
 
 
 # padded caches ------------------------------------------------------------------------------------------------------
@@ -347,8 +386,34 @@ def test_writing_on_is_lazy_but_its_errors_are_not(monkeypatch):
     ):
         with pytest.raises(error, match=message):
             write_on(model, TOKENIZER, prompt, 5, **named)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="a tokenizer reads a string, not list"):
         write_on(model, TOKENIZER, [1, 2], 5)
+    with pytest.raises(PromptError, match="the tokenizer is a str without decode_bytes, vocab_size"):
+        write_on(model, "gpt2", "the", 5)
+    with pytest.raises(TokenError, match="is not in the vocabulary; ids go from 0 to 22"):
+        write_on(lively(), TOKENIZER, "the", 5)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 40])
+@pytest.mark.parametrize("way", [{"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}])
+def test_ids_without_a_text_are_never_written(extra, way):
+    """A model with more rows than its tokenizer has ids writes what it writes with those rows taken away."""
+    n = TOKENIZER.vocab_size
+    model, small = lively(n_ctx=16, vocab_size=n + extra), lively(n_ctx=16, vocab_size=n)
+    weights = model.state_dict() | {"embeddings.wte.weight": model.embeddings.wte.weight[:n].clone()}
+    small.load_state_dict(weights)
+    if extra:
+        model.embeddings.wte.weight.data[n:] *= 9  # the favourites
+        start = torch.tensor([TOKENIZER.encode("the king")])
+        assert generate(model, start, 20, temperature=0).max() >= n
+    written = "".join(write_on(model, TOKENIZER, "the king", 20, **way, generator=dice(1)))
+    assert written == "".join(write_on(small, TOKENIZER, "the king", 20, **way, generator=dice(1)))
+
+
+def test_numbers_of_numpy_in_searches():
+    model, start = lively(), torch.tensor([[3, 1]])
+    expected = beam_search(model, start, 5, 3, 0.5, stop=2)
+    assert beam_search(model, start.int(), np.int64(5), np.uint8(3), np.float64(0.5), stop=np.int32(2)) == expected
 
 
 # beams --------------------------------------------------------------------------------------------------------------
@@ -516,7 +581,8 @@ def test_beams_of_broken_weights():
         (torch.tensor([[23]]), {}, TokenError, "token id 23"),
         (torch.ones(1, 9, dtype=torch.int64), {}, ContextError, "the prompt has 9 tokens"),
         (torch.tensor([[1]]), {"width": 0}, PromptError, "width is 0; at least 1 text must be kept"),
-        (torch.tensor([[1]]), {"width": 1.5}, PromptError, "width is 1.5"),
+        *((torch.tensor([[1]]), {"width": bad}, PromptError, "width is ") for bad in (1.5, True, "4", None)),
+        *((torch.tensor([[1]]), {"length_penalty": bad}, PromptError, "penalty is ") for bad in (None, "1", True)),
         (torch.tensor([[1]]), {"length_penalty": -0.1}, PromptError, "length_penalty is -0.1; use 0 for none"),
         (torch.tensor([[1]]), {"length_penalty": math.nan}, PromptError, "length_penalty is nan"),
         (torch.tensor([[1]]), {"length_penalty": math.inf}, PromptError, "length_penalty is inf"),

@@ -1,7 +1,10 @@
 """Choosing and the plain loop against independent judges: brute force, transformers, chi-square."""
 
+import itertools
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +23,7 @@ from gpt3lib.generation import (
     scale,
 )
 from gpt3lib.model import GPT, GPTConfig
+from gpt3lib.tokenization import TokenError
 from oracles import to_gpt2
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
@@ -96,6 +100,27 @@ def test_top_p_at_the_boundary():
         assert kept == stay or len(kept) == stay
     far = torch.tensor([[0.0, -40.0]])  # in float32 the first already holds 1
     assert keep_top_p(far, 1.0).equal(far)
+
+
+SHARES = [(3, 1, 1, 5), (1, 2, 7), (2, 2, 2, 2, 2), (6, 3, 1), (45, 30, 15, 9, 1), (7, 5, 4, 2, 1, 1), (1,) * 3000]
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("shift", [0.0, 3.0, -20.0])
+def test_top_p_at_sums_that_binary_cannot_hold(shares, shift):
+    """p is each sum of the likeliest tokens, exactly: as many stay. The judge counts in fractions."""
+    total, ordered = sum(shares), sorted(shares, reverse=True)
+    logits = (torch.tensor(shares) / total).log() + shift
+    for n, held in list(enumerate(itertools.accumulate(ordered), start=1))[:: max(1, len(shares) // 7)]:
+        p = Fraction(held, total)
+        ahead = [Fraction(sum(ordered[:i]), total) for i in range(n + 1) if i < len(ordered)]
+        assert sum(a < p for a in ahead) == n
+        assert keep_top_p(logits, float(p)).isfinite().sum() == n, (shares, p)
+
+
+def test_top_p_of_the_report():
+    kept = keep_top_p(torch.tensor([0.3, 0.1, 0.1, 0.5]).log(), 0.8)
+    assert kept.isfinite().tolist() == [True, False, False, True]
 
 
 def test_top_p_in_half_precision_keeps_what_float32_keeps():
@@ -269,7 +294,45 @@ WRONG = [
     ({"top_p": 1.01}, "top_p is 1.01"),
     ({"top_p": math.nan}, "top_p is nan"),
     ({"temperature": 0, "top_p": 2}, "top_p is 2"),
+    *(({"temperature": bad}, "temperature is ") for bad in ("1", None, True, torch.tensor(1.0), [1.0], 1j)),
+    *(({"top_k": bad}, "top_k is .*; at least 1 token must stay, a whole") for bad in (50.0, True, "5", math.nan, -1)),
+    *(({"top_p": bad}, "top_p is ") for bad in ("0.9", True, [0.9], torch.tensor(0.9), -0.1, INF)),
+    *(({"generator": bad}, r"generator is .*; it must be a torch\.Generator") for bad in (0, "cpu", torch.Generator)),
 ]
+
+
+def test_numbers_of_numpy_are_numbers():
+    logits = torch.randn(50, 30, generator=dice())
+    ours = choose(logits, np.float32(0.5), np.int64(5), np.float64(0.9), dice(1))
+    assert ours.equal(choose(logits, 0.5, 5, 0.9, dice(1)))
+    assert choose(logits, np.int32(0), np.uint8(3)).equal(logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "tokens, error, message",
+    [
+        ([1, 2], PromptError, r"\(B, T\), got a list; for one prompt use torch.tensor\(\[ids\]\)"),
+        (torch.tensor([1]), PromptError, r"got shape \(1,\)"),
+        (torch.zeros(1, 0, dtype=torch.int64), PromptError, "the prompt is empty"),
+        (torch.zeros(1, 2), TokenError, "must be integers"),
+        (torch.tensor([[23]]), TokenError, "token id 23"),
+    ],
+)
+def test_a_prompt_that_is_none(tokens, error, message):
+    with pytest.raises(error, match=message):
+        generate_slowly(lively(), tokens, 2)
+
+
+def test_a_model_that_is_none():
+    start = torch.tensor([[1, 2]])
+    with pytest.raises(PromptError, match="the model is a Linear; it must be a GPT"):
+        generate_slowly(torch.nn.Linear(2, 2), start, 2)
+    with pytest.raises(PromptError, match="on the meta device and has no numbers"):
+        generate_slowly(lively().to("meta"), start, 2)
+    grown = lively()
+    grown.embeddings.wte = torch.nn.Embedding(32, 8)
+    with pytest.raises(PromptError, match="token table has 32 rows, its config says vocab_size = 23"):
+        generate_slowly(grown, start, 2)
 
 
 @pytest.mark.parametrize("named, message", WRONG)
