@@ -326,9 +326,10 @@ class GPT(nn.Module):
         FORMATS["write"](self, path)
 
     @staticmethod
-    def from_pretrained(path_or_name: str | Path) -> "GPT":
-        """The model in a folder, or of a name on Hugging Face's hub, in float32.
+    def from_pretrained(path_or_name: str | Path, dtype=torch.float32) -> "GPT":
+        """The model in a folder, or of a name on Hugging Face's hub.
 
-        Raises WeightsError when there is none that fits, see gpt3lib.weights.
+        dtype: the type of its numbers, None for that of the file. Raises WeightsError
+        when there is none that fits, see gpt3lib.weights.
         """
-        return FORMATS["read"](path_or_name)
+        return FORMATS["read"](path_or_name, dtype)
