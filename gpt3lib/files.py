@@ -7,19 +7,35 @@ import json
 import numbers
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def beside(path: str | Path) -> Iterator[Path]:
+    """Gives a place beside `path` to write to, and renames it to `path` at the end.
+
+    A reader sees all of the old or all of the new. What fails half way is removed.
+    """
+    part = Path(f"{path}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_beside(path: str | Path, data: bytes) -> None:
-    """Write beside, then rename: a reader sees all of the old or all of the new."""
-    part = Path(f"{path}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    """Write bytes beside, then rename."""
+    with beside(path) as part:
+        part.write_bytes(data)
 
 
 def sha256(source: bytes | Path) -> str:
@@ -30,6 +46,54 @@ def sha256(source: bytes | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# torch's types -> the format's words; the first four are numbers of a model
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def write_tensors(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    header: dict[str, str],
+    numbers: Callable[[str], torch.Tensor] | None = None,
+) -> None:
+    """Write a safetensors file, wide types first so that each number is aligned.
+
+    numbers: a name's tensor, asked for when it is written; without it, those given.
+    """
+    entries, end = {"__metadata__": header}, 0
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    for name in names:
+        t, start = tensors[name], end
+        end += t.nbytes
+        entries[name] = {"dtype": TYPES[t.dtype], "shape": list(t.shape)}
+        entries[name]["data_offsets"] = [start, end]
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            t = tensors[name] if numbers is None else numbers(name)
+            file.write(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def is_whole(value, least: int = 1) -> bool:
+    """Whether a value is a whole number, Python's or numpy's, of at least `least`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and value >= least
+
+
 class WeightsError(ValueError):
     """A model that is damaged, incomplete, out of reach, or none that GPT can be.
 
@@ -38,8 +102,9 @@ class WeightsError(ValueError):
 
 
 def remove_shards(folder: Path, keep) -> None:
-    """Remove an older model's shards from a folder, all but those in `keep`."""
-    for path in folder.glob("model-*-of-*.safetensors"):
+    """Remove an older model's shards, all but those in `keep`, and unfinished ones."""
+    finished = folder.glob("model-*-of-*.safetensors")
+    for path in [*finished, *folder.glob("model-*-of-*.part")]:
         if path.name not in keep:
             os.unlink(path)
 
@@ -47,20 +112,34 @@ def remove_shards(folder: Path, keep) -> None:
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes the folder; whatever cannot be written is a WeightsError that says why."""
+    if folder.is_file():
+        raise WeightsError(f"{folder} is a file; give a folder to write into")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise WeightsError(
+            f"{folder} cannot be written ({error}); make room there, or choose another"
+        ) from error
+
+
 def write_folder(
-    folder: Path, tensors: dict, header: dict[str, str], config: str
+    folder: Path, tensors: dict, header: dict[str, str], config: str, numbers=None
 ) -> None:
-    """Write model.safetensors and config.json; a kill leaves a model that loads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights_part, config_part = folder / f"{MODEL}.part", folder / "config.json.part"
-    config_part.write_text(config)
-    save_file(tensors, weights_part, metadata=header)
-    # safetensors lets only the owner read; do as for other files
-    os.chmod(weights_part, config_part.stat().st_mode)
-    os.replace(weights_part, folder / MODEL)
-    os.replace(config_part, folder / "config.json")
-    (folder / INDEX).unlink(missing_ok=True)
-    remove_shards(folder, keep=())
+    """Write model.safetensors and config.json; a kill leaves a model that loads.
+
+    numbers: see write_tensors. Raises WeightsError.
+    """
+    with writing(folder):
+        with beside(folder / "config.json") as part:
+            part.write_text(config)
+            with beside(folder / MODEL) as weights:
+                write_tensors(weights, tensors, header, numbers)
+        (folder / INDEX).unlink(missing_ok=True)
+        remove_shards(folder, keep=())
 
 
 def shards(tensors: dict, shard_bytes: int) -> list[dict]:
@@ -68,7 +147,7 @@ def shards(tensors: dict, shard_bytes: int) -> list[dict]:
 
     Raises WeightsError for a size below 1.
     """
-    if type(shard_bytes) is not int or shard_bytes < 1:
+    if not is_whole(shard_bytes):
         raise WeightsError(
             f"shard_bytes is {shard_bytes!r}; it must be at least 1, a whole number"
         )
@@ -81,26 +160,47 @@ def shards(tensors: dict, shard_bytes: int) -> list[dict]:
     return groups
 
 
+@contextmanager
+def old_shards_stay(folder: Path) -> Iterator[None]:
+    """Removes, when something fails, the shards that no index in the folder names."""
+    try:
+        yield
+    except BaseException:
+        index = folder / INDEX
+        text = index.read_text() if index.is_file() else "{}"
+        places = json.loads(text).get("weight_map", {})
+        remove_shards(folder, keep=set(places.values()))
+        raise
+
+
 def write_shards(
-    folder: Path, tensors: dict, header: dict, config: str, shard_bytes: int
+    folder: Path,
+    tensors: dict,
+    header: dict,
+    config: str,
+    shard_bytes: int,
+    numbers=None,
 ) -> None:
     """Write shards named by their hashes, then the index that makes them the model.
 
-    Raises WeightsError for shard_bytes below 1, before anything is written.
+    numbers: see write_tensors. Raises WeightsError, for shard_bytes below 1 before
+    anything is written.
     """
     groups, places = shards(tensors, shard_bytes), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, group in enumerate(groups, start=1):
-        data = save({name: t.cpu() for name, t in group.items()}, {"format": "pt"})
-        file = f"model-{i:05}-of-{len(groups):05}-{sha256(data)[:16]}.safetensors"
-        write_beside(folder / file, data)
-        places |= dict.fromkeys(group, file)
     about = header | {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-    index = json.dumps({"metadata": about, "weight_map": places}, indent=1)
-    write_beside(folder / INDEX, index.encode())
-    (folder / MODEL).unlink(missing_ok=True)  # it would be read first
-    write_beside(folder / "config.json", config.encode())
-    remove_shards(folder, keep=set(places.values()))
+    with writing(folder), old_shards_stay(folder):
+        for i, group in enumerate(groups, start=1):
+            stem = f"model-{i:05}-of-{len(groups):05}"
+            part = folder / f"{stem}.part"
+            write_tensors(part, group, {"format": "pt"}, numbers)
+            file = f"{stem}-{sha256(part)[:16]}.safetensors"
+            os.replace(part, folder / file)
+            places |= dict.fromkeys(group, file)
+        index = json.dumps({"metadata": about, "weight_map": places}, indent=1)
+        write_beside(folder / INDEX, index.encode())
+        (folder / MODEL).unlink(missing_ok=True)  # it would be read first
+        write_beside(folder / "config.json", config.encode())
+        remove_shards(folder, keep=set(places.values()))
 
 
 def scan(path: Path) -> tuple[dict, dict]:
@@ -117,7 +217,9 @@ def scan(path: Path) -> tuple[dict, dict]:
                 for name, part in slices.items()
             }
             return found, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error})") from error
+    except SafetensorError as error:
         raise WeightsError(
             f"{path} is damaged ({error}); copy or save it again"
         ) from error
@@ -161,6 +263,10 @@ def scan_folder(folder: Path) -> tuple[dict, dict]:
 
     Raises WeightsError when there are none, naming what is there instead.
     """
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} has no {MODEL}; there is no such folder here")
+    if (folder / MODEL).is_dir():
+        raise WeightsError(f"{folder / MODEL} is a folder; it must be a file")
     if (folder / MODEL).is_file():
         return scan(folder / MODEL)
     if (folder / INDEX).is_file():
@@ -172,15 +278,96 @@ def scan_folder(folder: Path) -> tuple[dict, dict]:
     raise WeightsError(f"{folder} has no {MODEL}; save_pretrained writes one")
 
 
-def read_tensors(found: dict) -> dict[str, torch.Tensor]:
-    """The tensors that a scan found, by name."""
-    tensors = {}
-    for path in {path for path, _, _ in found.values()}:
-        here = load_file(path)
-        tensors |= {
-            name: here[name] for name, place in found.items() if place[0] == path
-        }
-    return tensors
+class Stored(Mapping):
+    """The tensors that a scan found, by name; each is read when it is asked for.
+
+    found: name -> (file, shape, type); names: those of them, if the files have others.
+    """
+
+    def __init__(self, found: dict[str, tuple], names: dict[str, str] | None = None):
+        self.found = found
+        self.names = names or {name: name for name in found}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        # opened and closed each time: an open file's pages would stay in memory
+        with safe_open(self.found[self.names[name]][0], "pt") as file:
+            return file.get_tensor(self.names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def check_tensors(folder: Path, wanted: dict, found: dict) -> None:
+    """Raise WeightsError unless exactly the wanted shapes are found, as plain floats.
+
+    wanted: name in the file -> shape; found: name -> (file, shape, type).
+    """
+    for name in sorted(wanted | found):
+        _, shape, dtype = found.get(name, (None, "missing", "F32"))
+        expected = wanted.get(name, "no such tensor")
+        if shape != expected:
+            raise WeightsError(
+                f"{folder}: {name} is {shape}, expected {expected}; "
+                "its config is another model's"
+            )
+        if dtype not in FLOATS:
+            raise WeightsError(
+                f"{folder}: {name} holds {dtype}; "
+                "it must be F64, F32, F16 or BF16, not quantised"
+            )
+
+
+def check_dtype(dtype) -> None:
+    """Raise WeightsError for a type that no model's numbers have; None is fine."""
+    if dtype is not None and TYPES.get(dtype) not in FLOATS:
+        right = "torch.float32, float16, bfloat16, float64, or None for the file's own"
+        raise WeightsError(f"dtype is {dtype!r}; it must be {right}")
+
+
+def parse(text: str) -> dict:
+    """JSON's names with their values. Raises ValueError for any other JSON."""
+    raw = json.loads(text)
+    if not isinstance(raw, dict):
+        raise ValueError(f"it holds a {type(raw).__name__}, not names with values")
+    return raw
+
+
+@contextmanager
+def impatient(seconds: float = 7, tries: int = 2) -> Iterator[None]:
+    """Meanwhile the hub's client waits so long, and asks so often without progress.
+
+    HF_HUB_DOWNLOAD_TIMEOUT, its own variable, goes before seconds. Raises TimeoutError.
+    """
+    from huggingface_hub.utils import get_session  # reading folders needs no hub
+
+    asked, hooks = {}, get_session().event_hooks
+    seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", seconds))
+
+    def limit(request):
+        place = request.method, str(request.url)
+        start = re.findall(r"\d+", request.headers.get("range", "0"))[0]
+        furthest, times = asked.get(place, (-1, 0))
+        times = 1 if int(start) > furthest else times + 1
+        asked[place] = max(int(start), furthest), times
+        if times > tries:
+            raise TimeoutError(f"{request.url} stays silent")
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = dict.fromkeys(kinds, seconds)
+
+    def forgive(response):  # an error is an answer; how often to ask is the client's
+        if response.status_code >= 400:
+            asked.pop((response.request.method, str(response.request.url)), None)
+
+    hooks["request"].append(limit)
+    hooks["response"].append(forgive)
+    try:
+        yield
+    finally:
+        hooks["request"].remove(limit)
+        hooks["response"].remove(forgive)
 
 
 def find_on_hub(name: str, check: Callable[[Path], object]) -> Path:
@@ -189,26 +376,21 @@ def find_on_hub(name: str, check: Callable[[Path], object]) -> Path:
     check(folder) may refuse it when only config.json is there, before gigabytes come.
     """
     try:
-        from huggingface_hub import snapshot_download  # reading folders needs no hub
+        from huggingface_hub import snapshot_download
 
-        check(
-            Path(
-                snapshot_download(name, allow_patterns=["config.json"], etag_timeout=10)
-            )
-        )
-        wanted = ["*.json", "*.safetensors"]
-        found = Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=10))
+        with impatient():
+            found = snapshot_download(name, allow_patterns=["config.json"])
+        check(Path(found))
+        with impatient():
+            wanted = ["*.json", "*.safetensors"]
+            found = Path(snapshot_download(name, allow_patterns=wanted))
     except WeightsError:
         raise
-    except (
-        Exception
-    ) as error:  # its client raises a dozen kinds, others in each version
-        kind, unknown = (
-            type(error).__name__,
-            ("RepositoryNotFoundError", "GatedRepoError"),
-        )
+    except Exception as error:  # its client has a dozen kinds, others in each version
+        kind = type(error).__name__
+        unknown = kind in ("RepositoryNotFoundError", "GatedRepoError")
         no = "has no such model, or not for everybody"
-        says = no if kind in unknown else "could not be reached"
+        says = no if unknown else "could not be reached"
         raise WeightsError(
             f"{name!r} is no folder here, and the Hugging Face hub {says} ({kind}); "
             f"give the path of a folder, or run `hf download {name}` where there is a "
@@ -219,24 +401,92 @@ def find_on_hub(name: str, check: Callable[[Path], object]) -> Path:
     return found
 
 
+def as_path(path: str | Path) -> Path:
+    """A text or a path as a Path, ~ being one's home. Raises WeightsError."""
+    if not isinstance(path, str | os.PathLike) or path == "":
+        raise WeightsError(f"{path!r} is no path; give the path of a folder, as text")
+    if "://" in str(path):
+        raise WeightsError(f"{path} is an address; give a folder, or owner/name")
+    return Path(path).expanduser() if str(path).startswith("~/") else Path(path)
+
+
 def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Path:
     """The folder of this name; else, for a text like "owner/name", the hub's model.
 
     check: see find_on_hub. Raises WeightsError.
     """
-    folder, name = Path(path_or_name), str(path_or_name)
+    folder, name = as_path(path_or_name), str(path_or_name)
     if folder.is_file():
         raise WeightsError(f"{folder} is a file; give the folder that it lies in")
     is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
-    if folder.is_dir() or isinstance(path_or_name, Path) or not is_name:
+    if folder.is_dir() or isinstance(path_or_name, os.PathLike) or not is_name:
         return folder
     return find_on_hub(name, check)
 
 
-def is_whole(value, least: int = 1) -> bool:
-    """Whether a value is a whole number, Python's or numpy's, of at least `least`."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return whole and value >= least
+class NoDice(TorchFunctionMode):
+    """Meanwhile layers are made without rolling the dice for their first numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Meanwhile a module is made of shapes, on the device meta.
+
+    The dice of meta have no numbers, but torch reads 800 modules to roll them.
+    """
+    with torch.device("meta"), NoDice():
+        yield
+
+
+# what torch.compile, DistributedDataParallel and others put into names
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without the parts that wrappers of a model add to it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+SETTINGS = (bool, int, float, str, tuple)
+# not settings: train or eval, and by which of two equal ways a layer computes
+PASSING = ("training", "how")
+
+
+def facts(module: nn.Module) -> dict[str, object]:
+    """The shapes of a module's tensors, the classes and settings of its parts."""
+    told = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    for name, part in module.named_modules(remove_duplicate=False):
+        told |= {f"{name}.__class__": type(part).__name__} if name else {}
+        for key, value in vars(part).items():
+            if key[0] != "_" and key not in PASSING and type(value) in SETTINGS:
+                told[f"{name}.{key}".lstrip(".")] = value
+    return {unwrapped(name): fact for name, fact in told.items()}
+
+
+def check_same(module: nn.Module, twin: nn.Module) -> None:
+    """Raise WeightsError unless a module is its twin with plain numbers in it."""
+    told, wanted, nothing = facts(module), facts(twin), "not there"
+    tensors = {unwrapped(name): t for name, t in module.state_dict().items()}
+    for name in sorted({*wanted, *tensors}):
+        fact, right = told.get(name, nothing), wanted.get(name, nothing)
+        if fact != right:
+            raise WeightsError(
+                f"{name} is {fact}; made again from the model's config, it is {right}. "
+                "Give the model a config that fits, or save a model made from its "
+                "config, and what is your own beside it, with safetensors or torch.save"
+            )
+    for name, t in tensors.items():
+        plain = type(t) is torch.Tensor and t.layout == torch.strided and not t.is_meta
+        if not plain or TYPES.get(t.dtype) not in FLOATS:
+            raise WeightsError(
+                f"{name} holds {type(t).__name__} of {t.dtype} on {t.device}; "
+                f"a file holds plain numbers of type {', '.join(FLOATS)}"
+            )
 
 
 def pick_device() -> torch.device:

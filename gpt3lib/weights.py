@@ -2,6 +2,7 @@
 Cerebras-GPT."""
 
 # Made from book/24_real_weights.ipynb by tools/export.py; edit the chapter.
+import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +11,18 @@ import torch
 from torch import nn
 
 from gpt3lib.files import (
+    Stored,
     WeightsError,
+    as_path,
+    check_dtype,
+    check_same,
+    check_tensors,
     find_folder,
-    read_tensors,
+    is_whole,
+    parse,
     scan_folder,
+    shapes_only,
+    unwrapped,
     write_folder,
     write_shards,
 )
@@ -30,7 +39,7 @@ def check_other(config: "OtherConfig") -> None:
         value = getattr(config, name)
         if type(value) is not bool:
             raise ConfigError(f"{name} is {value!r}; it must be True or False")
-    if type(offset) is not int or offset < 0:
+    if not is_whole(offset, least=0):
         raise ConfigError(f"position_offset is {offset!r}; it must be whole, 0 or more")
 
 
@@ -60,7 +69,7 @@ def check_raw(layout: "Layout", raw: dict) -> None:
     hidden = words.pop("d_ff")
     for name in words.values():
         value = raw.get(name)
-        if type(value) is not int or value < 1:
+        if not is_whole(value):
             raise ValueError(f"{name} is {value!r}; it must be a whole number above 0")
     for name, times in ((hidden, 4), ("word_embed_proj_dim", 1)):
         right = times * raw[words["d_model"]]
@@ -79,39 +88,9 @@ HEAD = "lm_head.weight"  # the token table a second time, in some files
 MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
-def check_tensors(folder: Path, wanted: dict, found: dict) -> None:
-    """Raise WeightsError unless exactly the wanted shapes are found, as plain floats.
-
-    wanted: name in the file -> shape; found: name -> (file, shape, type).
-    """
-    for name in sorted(wanted | found):
-        if name not in wanted and (name == HEAD or name.endswith(MASKS)):
-            continue
-        _, shape, dtype = found.get(name, (None, "missing", "F32"))
-        expected = wanted.get(name, "no such tensor")
-        if shape != expected:
-            raise WeightsError(
-                f"{folder}: {name} is {shape}, expected {expected}; "
-                "its config is another model's"
-            )
-        if dtype not in ("F64", "F32", "F16", "BF16"):
-            raise WeightsError(
-                f"{folder}: {name} holds {dtype}; "
-                "it must be F64, F32, F16 or BF16, not quantised"
-            )
-
-
-def parse(text: str) -> dict:
-    """JSON's names with their values. Raises ValueError for any other JSON."""
-    raw = json.loads(text)
-    if not isinstance(raw, dict):
-        raise ValueError(f"it holds a {type(raw).__name__}, not names with values")
-    return raw
-
-
 def known(kind: str) -> str:
     """The kind, if there is a layout of that name. Raises ValueError."""
-    if kind not in LAYOUTS:
+    if kind not in list(LAYOUTS):
         choice = ", ".join(LAYOUTS)
         raise ValueError(f"the model_type is {kind!r}; we can read {choice}")
     return kind
@@ -189,23 +168,39 @@ def turn(layout: Layout, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.T if name.endswith(layout.turned) else tensor
 
 
+def joined(layout: Layout, name: str, own: list[str], ours: dict) -> torch.Tensor:
+    """One tensor as it is stored: some of ours, one below the other, then turned."""
+    one = ours[own[0]] if len(own) == 1 else torch.cat([ours[part] for part in own])
+    return turn(layout, name, one).contiguous()
+
+
 def to_theirs(layout: Layout, n_layers: int, ours: dict) -> dict[str, torch.Tensor]:
     """Our tensors under their names, without prefix, as they are stored."""
-    theirs = {}
-    for name, own in pairs(layout, n_layers, ours).items():
-        joined = torch.cat([ours[part] for part in own])
-        theirs[name] = turn(layout, name, joined).contiguous()
-    return theirs
+    table = pairs(layout, n_layers, ours)
+    return {name: joined(layout, name, own, ours) for name, own in table.items()}
 
 
-def to_ours(layout: Layout, n_layers: int, names, theirs: dict) -> dict:
-    """Their tensors, without prefix, under our names, in float32."""
+def to_ours(layout: Layout, n_layers: int, names, theirs, dtype=None) -> dict:
+    """Their tensors, without prefix, under our names; dtype None keeps their type."""
     ours = {}
     for name, own in pairs(layout, n_layers, names).items():
-        parts = turn(layout, name, theirs[name].float()).chunk(len(own))
+        parts = turn(layout, name, theirs[name]).chunk(len(own))
         for part, tensor in zip(own, parts):
-            ours[part] = tensor.clone(memory_format=torch.contiguous_format)
+            whole = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+            ours[part] = whole.copy_(tensor)
     return ours
+
+
+def stored_shapes(layout: Layout, table: dict, ours: dict) -> dict[str, torch.Tensor]:
+    """What joined would make of each line of pairs, as shapes on the device meta."""
+    found = {}
+    for name, own in table.items():
+        parts = [ours[part] for part in own]
+        shape = sum(len(part) for part in parts), *parts[0].shape[1:]
+        dtype = functools.reduce(torch.promote_types, [t.dtype for t in parts])
+        one = torch.empty(shape, dtype=dtype, device="meta")
+        found[name] = turn(layout, name, one)
+    return found
 
 
 LAYOUTS["gpt_neo"] = Layout(
@@ -341,8 +336,8 @@ def config_from(layout: Layout, raw: dict) -> GPTConfig:
 LAYOUTS["gpt3lib"] = Layout("GPT", column=0, layers="blocks", fixed={}, banded=True)
 
 
-def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig]:
-    """The kind of layout and the config, from the tensors' metadata, else config.json.
+def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig, dict]:
+    """Layout, config and extras, from the tensors' metadata, else from config.json.
 
     Raises WeightsError.
     """
@@ -351,41 +346,57 @@ def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig]:
         if "config" in about:  # written by us, in one go with the tensors
             source = f"{folder}: the config among the tensors"
             kind = known(about.get("layout", "gpt3lib"))
-            return kind, make_config(parse(about["config"]))
+            config = make_config(parse(about["config"]))
+            return kind, config, parse(about.get("extras", "{}"))
         raw = parse(Path(source).read_text())
+        if "model_type" not in raw and "d_model" not in raw:
+            raise ValueError("it has no model_type; add gpt2, gpt_neo or opt to it")
         kind = known(raw.get("model_type", "gpt3lib"))
-        ours = kind == "gpt3lib"
-        return kind, make_config(raw) if ours else config_from(LAYOUTS[kind], raw)
+        if kind == "gpt3lib":
+            return kind, make_config(raw), {}
+        return kind, config_from(LAYOUTS[kind], raw), extras(LAYOUTS[kind], raw)
     except FileNotFoundError:
         raise WeightsError(
             f"{folder} has no config.json, and its tensors carry no config; "
             "add the config.json that belongs to them"
         ) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise WeightsError(f"{source}: {error}") from error
 
 
-def read_theirs(folder: Path, layout: Layout, found: dict, wanted: dict) -> dict:
-    """The wanted tensors of a folder, without prefix. Raises WeightsError.
+def extras(layout: Layout, raw: dict) -> dict:
+    """What stays of a config.json though our config has no word for it: ids, dropout.
+
+    read_pretrained hangs it on the model as `extras`, for write_pretrained.
+    """
+    kept = [word for word in raw if word.endswith("_token_id")]
+    return {word: raw[word] for word in [*kept, *layout.dropouts] if word in raw}
+
+
+def find_tensors(folder: Path, layout: Layout, found: dict, wanted: dict) -> Stored:
+    """The wanted tensors of a folder, without prefix, to be read. Raises WeightsError.
 
     found: what scan_folder finds; wanted: name -> tensor of the right shape.
     """
+    bare = {unwrapped(name): name for name in found}
+    if len(bare) < len(found):  # two names for one tensor: one of them is too much
+        bare = {name: name for name in found}
     table, positions, *_ = wanted
-    prefixes = [prefix for prefix in layout.prefixes if prefix + positions in found]
-    prefix = prefixes[0] if prefixes else layout.prefixes[0]
+    prefixes = [prefix for prefix in layout.prefixes if prefix + positions in bare]
+    prefix, *_ = *prefixes, layout.prefixes[0]
     names = {name: prefix + name for name in wanted}
-    if HEAD in found and names[table] not in found:
+    if HEAD in bare and names[table] not in bare:
         names[table] = HEAD  # of two names for one table some programs keep this one
     shapes = {names[name]: tuple(tensor.shape) for name, tensor in wanted.items()}
-    check_tensors(folder, shapes, found)
-    kept = {name: found[name] for name in found if name in shapes or name == HEAD}
-    theirs = read_tensors(kept)
-    if HEAD in theirs and not torch.equal(theirs[HEAD], theirs[names[table]]):
+    kept = [n for n in bare if n in shapes or n != HEAD and not n.endswith(MASKS)]
+    check_tensors(folder, shapes, {name: found[bare[name]] for name in kept})
+    stored = Stored(found, bare)
+    if HEAD in bare and not torch.equal(stored[HEAD], stored[names[table]]):
         raise WeightsError(
             f"{folder}: {HEAD} differs from {names[table]}; "
             "our way out is the token table itself"
         )
-    return {name: theirs[names[name]] for name in wanted}
+    return Stored(found, {name: bare[names[name]] for name in wanted})
 
 
 def make_model(config: GPTConfig, seed: int = 0) -> GPT:
@@ -394,19 +405,22 @@ def make_model(config: GPTConfig, seed: int = 0) -> GPT:
     return kind(config, seed)
 
 
-def read_pretrained(path_or_name: str | Path) -> GPT:
-    """The model in a folder or on the Hugging Face hub, in float32.
+def read_pretrained(path_or_name: str | Path, dtype=torch.float32) -> GPT:
+    """The model in a folder or on the Hugging Face hub; what GPT.from_pretrained does.
 
-    What GPT.from_pretrained does. Raises WeightsError.
+    dtype: the numbers' type in memory; None keeps the file's. Raises WeightsError.
     """
+    check_dtype(dtype)
     folder = find_folder(path_or_name, check=lambda folder: find_config(folder, {}))
     found, about = scan_folder(folder)
-    kind, config = find_config(folder, about)
-    with torch.device("meta"):
+    kind, config, more = find_config(folder, about)
+    with shapes_only():
         model = make_model(config)
     layout, state, n = LAYOUTS[kind], model.state_dict(), config.n_layers
-    theirs = read_theirs(folder, layout, found, to_theirs(layout, n, state))
-    model.load_state_dict(to_ours(layout, n, state, theirs), assign=True)
+    wanted = stored_shapes(layout, pairs(layout, n, state), state)
+    theirs = find_tensors(folder, layout, found, wanted)
+    model.load_state_dict(to_ours(layout, n, state, theirs, dtype), assign=True)
+    model.extras = more
     return model.eval()
 
 
@@ -418,10 +432,10 @@ def layout_for(config: GPTConfig) -> str:
     return next(kind for kind in fitting if dense or LAYOUTS[kind].banded)
 
 
-def config_for(kind: str, config: GPTConfig, dtype: torch.dtype) -> dict:
-    """Our config as a config.json of this layout.
+def config_for(kind: str, config: GPTConfig, dtype: torch.dtype, more: dict) -> dict:
+    """Our config as a config.json of this layout; more: extras of the model.
 
-    A text ends with the last token, as in GPT-2; in OPT with token 2.
+    Without extras, a text ends with the last token, as in GPT-2; in OPT with token 2.
     """
     if kind == "gpt3lib":
         return asdict(config)
@@ -443,27 +457,39 @@ def config_for(kind: str, config: GPTConfig, dtype: torch.dtype) -> dict:
         raw |= {"attention_types": [[kinds, 1]], "window_size": config.bandwidth}
     if "scaled" not in layout.fixed:
         raw["scale_attn_weights"] = ours["scaled"]
-    return raw
+    return raw | more
 
 
 def write_pretrained(model: GPT, path: str | Path, shard_bytes: int | None = None):
     """Write a model in the first layout that can hold it; what save_pretrained does.
 
     shard_bytes: if given, split the tensors into files of at most that size, larger
-    tensors aside. A kill at any moment leaves a model that loads. Raises WeightsError.
+    tensors aside. A kill at any moment leaves a model that loads. Raises WeightsError,
+    before anything is written, for a model that would not be read back as it is.
     """
-    config, kind = model.config, layout_for(model.config)
-    layout, named = LAYOUTS[kind], {}
-    for name, tensor in to_theirs(layout, config.n_layers, model.state_dict()).items():
-        named[layout.prefixes[0] + name] = tensor
+    folder, config = as_path(path), getattr(model, "config", None)
+    if not isinstance(config, GPTConfig):
+        raise WeightsError(
+            f"a {type(model).__name__} is no GPT; save the GPT inside it"
+        )
+    with shapes_only():
+        twin = make_model(config)
+    check_same(model, twin)
+    state = {unwrapped(name): t for name, t in model.state_dict().items()}
+    kind, more = layout_for(config), getattr(model, "extras", {})
+    layout, table = LAYOUTS[kind], pairs(LAYOUTS[kind], config.n_layers, state)
+    table = {layout.prefixes[0] + name: own for name, own in table.items()}
+    named = stored_shapes(layout, table, state)
+    numbers = lambda name: joined(layout, name, table[name], state)
     # the metadata tell our config, so that reading gives back the very same
     about = {"format": "pt", "layout": kind, "config": json.dumps(asdict(config))}
-    raw = config_for(kind, config, model.ln_f.weight.dtype)
-    text = json.dumps(raw, indent=1) + "\n"
+    about |= {"extras": json.dumps(more)} if more else {}
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in named.values()])
+    text = json.dumps(config_for(kind, config, dtype, more), indent=1) + "\n"
     if shard_bytes is None:
-        write_folder(Path(path), named, about, text)
+        write_folder(folder, named, about, text, numbers)
     else:
-        write_shards(Path(path), named, about, text, shard_bytes)
+        write_shards(folder, named, about, text, shard_bytes, numbers)
 
 
 FORMATS.update(read=read_pretrained, write=write_pretrained)

@@ -432,7 +432,7 @@ REFUSALS = [
 def test_models_that_we_cannot_be(tmp_path, monkeypatch, kind, changes, words):
     theirs_in(tmp_path, kind)
     rewrite(tmp_path, **changes)
-    monkeypatch.setattr(files, "load_file", lambda path: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(files.Stored, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
     message = complaint(tmp_path)
     assert words in message and str(tmp_path) in message
     assert not issubclass(WeightsError, ConfigError) and issubclass(WeightsError, ValueError)
@@ -487,7 +487,7 @@ def test_tensors_are_named_as_the_file_names_them(tmp_path, monkeypatch, kind, c
         return tensors
 
     edit(tmp_path, changed)
-    monkeypatch.setattr(files, "load_file", lambda path: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(files.Stored, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
     assert words in complaint(tmp_path)
 
 
@@ -624,7 +624,7 @@ def test_killed_anywhere_a_whole_model_loads(tmp_path, monkeypatch, before, afte
             patch.setattr(os, "replace", mortal(os.replace))
             patch.setattr(os, "unlink", mortal(os.unlink))
             patch.setattr(Path, "unlink", mortal(Path.unlink))
-            patch.setattr(files, "save_file", mortal(files.save_file))
+            patch.setattr(files, "write_tensors", mortal(files.write_tensors))
             try:
                 save(new, folder, after)
                 finished = True
@@ -717,10 +717,11 @@ def test_reading_and_writing_go_through_the_registry(tmp_path, monkeypatch):
     assert FORMATS["read"] is weights.read_pretrained and FORMATS["write"] is write_pretrained
     model, calls = ours(), []
     monkeypatch.setitem(FORMATS, "write", lambda *arguments: calls.append(arguments))
-    monkeypatch.setitem(FORMATS, "read", lambda path: (path, model))
+    monkeypatch.setitem(FORMATS, "read", lambda *arguments: (*arguments, model))
     model.save_pretrained(str(tmp_path))
     assert calls == [(model, str(tmp_path))]
-    assert GPT.from_pretrained("a/name") == ("a/name", model)
+    assert GPT.from_pretrained("a/name") == ("a/name", torch.float32, model)
+    assert GPT.from_pretrained("a/name", dtype=None) == ("a/name", None, model)
 
 
 def test_half_precision_on_disk_takes_half_the_room(tmp_path):
@@ -767,7 +768,7 @@ def test_our_files_cut_short(tmp_path, keep):
         (json.dumps(SMALL | {"colour": 1}), "colour"),
         (json.dumps({k: v for k, v in SMALL.items() if k != "n_ctx"}), "n_ctx"),
         ("\udcff", "decode"),
-        (json.dumps(SMALL | {"model_type": ["gpt2"]}), "unhashable"),
+        (json.dumps(SMALL | {"model_type": ["gpt2"]}), "the model_type is ['gpt2']; we can read gpt2"),
     ],
 )
 def test_configs_that_cannot_be_read(tmp_path, text, words):
@@ -953,7 +954,7 @@ def test_a_name_is_looked_up_on_the_hub(tmp_path, monkeypatch, hub, name):
     answers.append(tmp_path / "cache")
     assert GPT.from_pretrained(name).config.n_ctx == 10
     assert [options["allow_patterns"] for _, options in calls] == [["config.json"], ["*.json", "*.safetensors"]]
-    assert all(called == name and 0 < options["etag_timeout"] <= 10 for called, options in calls)
+    assert all(called == name for called, _ in calls)
 
 
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch, hub):
@@ -974,7 +975,7 @@ def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch, hub):
 @pytest.mark.parametrize("path", ["./gpt2", "/nowhere/gpt2", "../gpt2", "a/b/c", "~/gpt2", ".hidden", "a//b", "a/", ""])
 def test_paths_never_go_to_the_network(tmp_path, monkeypatch, hub, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(WeightsError, match="has no model.safetensors"):
+    with pytest.raises(WeightsError, match="has no model.safetensors" if path else "'' is no path"):
         GPT.from_pretrained(path)
     with pytest.raises(WeightsError, match="has no model.safetensors"):
         GPT.from_pretrained(Path("gpt2"))
