@@ -316,7 +316,6 @@ def train_bpe(text: str, n_merges: int) -> list[tuple[int, int]]:
                 counts[right, b] -= weights[place]
                 counts[new_id, b] += weights[place]
                 fresh[new_id, b].append(place)
-        counts[best] = 0  # also when it overlaps itself, as aa in aaa
         places |= fresh
         for pair in fresh:
             heapq.heappush(heap, (-counts[pair], pair))
