@@ -14,3 +14,10 @@ let shown;
 const page = document.documentElement.dataset;
 addEventListener("beforeprint", () => { shown = page.theme; page.theme = "light"; });
 addEventListener("afterprint", () => { page.theme = shown; });
+
+// The theme takes the focus from a button that was pressed: who pressed it by a key goes on from there.
+addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button && event.detail === 0) button.blur = () => {};
+  else if (button) delete button.blur;
+}, true);
