@@ -206,7 +206,7 @@ def as_in_products(x: torch.Tensor) -> torch.Tensor:
     return x if torch.is_grad_enabled() else x.detach()
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def add_in_place(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b; when all have one type, the product itself is never stored."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
@@ -230,9 +230,9 @@ def in_pieces(h, wte, targets, wanted) -> tuple[torch.Tensor, list]:
         loss += cost_and_slope(slope, targets[rows])
         slope = slope.to(h.dtype)
         if wanted[0]:
-            add_product(grads[0][rows], slope, wte)
+            add_in_place(grads[0][rows], slope, wte)
         if wanted[1]:
-            add_product(grads[1], slope.T, h[rows])
+            add_in_place(grads[1], slope.T, h[rows])
         del slope  # before the next ones are made
     return loss, grads
 

@@ -3,9 +3,15 @@ your eyes."""
 
 # Made from book/13_training.ipynb by tools/export.py; edit the chapter.
 import math
+import numbers
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
+
+from gpt3lib.embeddings import check_tokens
+from gpt3lib.files import is_whole
 
 
 # What training refuses; the workshop at the end of this page has a table of it.
@@ -13,8 +19,35 @@ class TrainingError(ValueError):
     """A run that cannot start, or must stop because its numbers are none any more."""
 
 
-def check_windows(tokens: torch.Tensor, n_ctx: int) -> None:
-    """Raise TrainingError unless `tokens` holds a window: n_ctx inputs, and targets."""
+def check_text(tokens: torch.Tensor, vocab_size: int | None = None) -> None:
+    """Raise TrainingError unless `tokens` is one long tensor of ids.
+
+    Raises TokenError for an id that a vocabulary of this size does not have.
+    """
+    kind = type(tokens).__name__
+    if isinstance(tokens, torch.Tensor):
+        kind = f"{tuple(tokens.shape)} {tokens.dtype}"
+        if tokens.dim() == 1 and tokens.dtype in (torch.int64, torch.int32):
+            if vocab_size is not None and len(tokens):
+                check_tokens(tokens[None], vocab_size)
+            return
+    raise TrainingError(
+        f"tokens must be one long tensor of ids, (N,) torch.int64, not {kind}; "
+        "use torch.tensor(ids), or pack"
+    )
+
+
+def check_windows(tokens: torch.Tensor, n_ctx: int, n_windows: int = 1) -> None:
+    """Raise TrainingError unless `tokens` holds a window: n_ctx inputs, and targets.
+
+    n_windows, how many of them are wanted, and n_ctx must be whole numbers from 1 on.
+    """
+    check_text(tokens)
+    for name, number in (("n_ctx", n_ctx), ("the number of windows", n_windows)):
+        if not is_whole(number):
+            raise TrainingError(
+                f"{name} is {number!r}; it must be a whole number, 1 or more"
+            )
     if len(tokens) <= n_ctx:
         raise TrainingError(
             f"{len(tokens)} tokens hold no window of {n_ctx} + 1; "
@@ -22,16 +55,50 @@ def check_windows(tokens: torch.Tensor, n_ctx: int) -> None:
         )
 
 
-def check_run(n_steps: int, batch_size: int, warmup: int) -> None:
-    """Raise TrainingError for a number of steps or texts that makes no sense."""
-    if n_steps < 1 or batch_size < 1:
+def check_seed(seed: int) -> None:
+    """Raise TrainingError for a seed that is no whole number, or a gigantic one."""
+    if not is_whole(seed, -(2**43)) or seed > 2**43:
+        raise TrainingError(f"seed is {seed!r}; choose a whole number of 12 digits")
+
+
+def check_run(n_steps: int, batch_size: int, warmup: int, peak: float) -> None:
+    """Raise TrainingError for numbers of a run that make no sense."""
+    if not is_whole(n_steps) or not is_whole(batch_size):
         raise TrainingError(
-            f"n_steps is {n_steps} and batch_size {batch_size}; both must be at least 1"
+            f"n_steps is {n_steps!r} and batch_size {batch_size!r}; "
+            "both must be at least 1, and whole numbers"
         )
-    if not 0 <= warmup <= n_steps:
+    if not is_whole(warmup, 0) or warmup > n_steps:
         raise TrainingError(
-            f"warmup is {warmup}, but there are {n_steps} steps; choose 0 to {n_steps}"
+            f"warmup is {warmup!r}, but there are {n_steps} steps; "
+            f"choose 0 to {n_steps}, a whole number"
         )
+    is_number = isinstance(peak, numbers.Real) and not isinstance(peak, bool)
+    if not is_number or not 0 <= peak < math.inf:  # not so for nan
+        raise TrainingError(f"peak is {peak!r}; it must be a number, 0 or more")
+
+
+def check_documents(documents: Iterable[str]) -> list[str]:
+    """The documents as a list. Raises TrainingError unless each of them is a text."""
+    if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
+        kind = type(documents).__name__
+        raise TrainingError(f"documents is a {kind}; for one text use [text]")
+    documents = list(documents)
+    for i, document in enumerate(documents):
+        if not isinstance(document, str):
+            kind = type(document).__name__
+            raise TrainingError(f"document {i} is a {kind}; it must be a text, str")
+    return documents
+
+
+def check_bigrams(validation: torch.Tensor, weight: float) -> None:
+    """Raise TrainingError when there is no pair to judge, or weight is no share."""
+    if len(validation) < 2:
+        raise TrainingError(
+            f"{len(validation)} validation tokens hold no pair; 2 are the least"
+        )
+    if not 0 <= weight <= 1:
+        raise TrainingError(f"weight is {weight}; it must be a share, 0 to 1")
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
@@ -43,19 +110,30 @@ def check_finite(step: int, loss: float, norm: float) -> None:
         )
 
 
-def products_in(bf16: bool, tokens: torch.Tensor):
-    """A context in which matrix products are made in bfloat16, or as ever."""
-    return torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16)
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's numbers are, and its tokens must be."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def pack(tokenizer, documents: list[str]) -> torch.Tensor:
+def loss_of(model, inputs, targets, bf16: bool = False) -> torch.Tensor:
+    """The model's loss of a batch, which goes to the model's device first.
+
+    bf16: matrix products are made in bfloat16.
+    """
+    device = device_of(model)
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        return model.loss(inputs.to(device), targets.to(device))
+
+
+def pack(tokenizer, documents: Iterable[str]) -> torch.Tensor:
     """All documents as one long tensor of ids (int64), each after an end-of-text token.
 
-    That is how GPT-3's training text was laid out ([B20] App. B).
+    That is how GPT-3's training text was laid out ([B20] App. B). Raises TrainingError
+    for one text instead of a list of them.
     """
     encode = tokenizer.to_tiktoken("packing").encode_ordinary
     ids = []
-    for document in documents:
+    for document in check_documents(documents):
         ids += [tokenizer.end_of_text, *encode(document)]
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -64,9 +142,10 @@ HELD_OUT = 26  # every 26th document is kept for validation
 
 
 def training_and_validation(
-    tokenizer, documents: list[str]
+    tokenizer, documents: Iterable[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two long tensors: documents to train on, and every 26th, which is held out."""
+    documents = check_documents(documents)
     kept = [document for i, document in enumerate(documents) if i % HELD_OUT]
     return pack(tokenizer, kept), pack(tokenizer, documents[::HELD_OUT])
 
@@ -76,8 +155,9 @@ def windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (B, n_ctx) of the windows at `starts` (B,).
 
-    A target is the next token.
+    A target is the next token. Raises TrainingError for a text without a window.
     """
+    check_windows(tokens, n_ctx, len(starts))
     offsets = torch.arange(n_ctx + 1)
     chunk = tokens[starts[:, None] + offsets]  # (B, n_ctx + 1)
     return chunk[:, :-1], chunk[:, 1:]
@@ -89,8 +169,9 @@ def batch(tokens: torch.Tensor, batch_size: int, n_ctx: int, seed: int, step: in
     A pure function of (seed, step). Windows start anywhere, also twice in the same
     place. Raises TrainingError for a text without a window.
     """
-    check_windows(tokens, n_ctx)
-    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    check_windows(tokens, n_ctx, batch_size)
+    check_seed(seed)
+    dice = torch.Generator().manual_seed(int(seed) * 1_000_003 + int(step))
     starts = torch.randint(len(tokens) - n_ctx, (batch_size,), generator=dice)
     return windows(tokens, n_ctx, starts)
 
@@ -103,15 +184,20 @@ def bigram_loss(
     P(b | a) = weight · count(ab) / count(a·)
              + (1 - weight) · (count(b) + 1) / (N + vocab_size).
     weight=0 counts single tokens only. Pairs are kept in a sorted list, so any
-    vocabulary fits into memory.
+    vocabulary fits into memory. Raises TrainingError for a validation text without a
+    pair, TokenError for an id that the vocabulary does not have.
     """
+    check_text(train, vocab_size), check_text(validation, vocab_size)
+    check_bigrams(validation, weight)
+    train, validation = train.long(), validation.long()
     single = torch.bincount(train, minlength=vocab_size).double()
     followed = torch.bincount(train[:-1], minlength=vocab_size).double()
     names = train[:-1] * vocab_size + train[1:]  # a number for each pair
+    names = torch.cat([names, names.new_tensor([vocab_size**2])])  # larger than any
     pairs, counts = torch.unique(names, return_counts=True)
     a, b = validation[:-1], validation[1:]
     wanted = a * vocab_size + b
-    place = torch.searchsorted(pairs, wanted).clamp(max=len(pairs) - 1)
+    place = torch.searchsorted(pairs, wanted)
     seen = torch.where(pairs[place] == wanted, counts[place], 0).double()
     unigram = (single[b] + 1) / (len(train) + vocab_size)
     chance = weight * seen / followed[a].clamp(min=1) + (1 - weight) * unigram
@@ -149,20 +235,18 @@ def learning_rate(step: int, n_steps: int, peak: float, warmup: int) -> float:
 def evaluate(model: nn.Module, tokens: torch.Tensor, n_windows: int = 32) -> float:
     """Mean loss in nats over windows spread evenly over `tokens`, always the same.
 
-    The model is put into eval mode meanwhile. Raises TrainingError for a text without
-    a window.
+    The model is put into eval mode meanwhile; tokens go to its device by themselves.
+    Raises TrainingError for a text without a window.
     """
     n_ctx, was_training = model.config.n_ctx, model.training
-    check_windows(tokens, n_ctx)
+    check_windows(tokens, n_ctx, n_windows)
     last = len(tokens) - n_ctx - 1
     starts = torch.arange(n_windows) * last // max(1, n_windows - 1)
-    inputs, targets = windows(tokens, n_ctx, starts)
+    pairs = [part.split(8) for part in windows(tokens, n_ctx, starts)]
     model.eval()
-    total = sum(
-        model.loss(x, y) * len(x) for x, y in zip(inputs.split(8), targets.split(8))
-    )
+    total = sum(loss_of(model, x, y).item() * len(x) for x, y in zip(*pairs))
     model.train(was_training)
-    return total.item() / n_windows
+    return total / n_windows
 
 
 def train(
@@ -179,12 +263,14 @@ def train(
     """Train a model in place on a long tensor of ids; returns each step's loss in nats.
 
     on_step(step, loss), if given, is called after each update. bf16: matrix products
-    in bfloat16; weights and their averages stay float32. Raises TrainingError, before
-    any work for settings that make no sense, and at once when a loss or gradient is
-    not finite.
+    in bfloat16; weights and their averages stay float32. Each batch goes to the model's
+    device. Raises TrainingError or TokenError, before any work for settings or ids that
+    make no sense, and at once when a loss or gradient is not finite.
     """
-    check_run(n_steps, batch_size, warmup)
+    check_run(n_steps, batch_size, warmup, peak)
+    check_seed(seed)
     check_windows(tokens, model.config.n_ctx)
+    check_text(tokens, model.config.vocab_size)
     optimizer = make_optimizer(model)
     model.train()
     losses = []
@@ -192,8 +278,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, n_steps, peak, warmup)
         inputs, targets = batch(tokens, batch_size, model.config.n_ctx, seed, step)
-        with products_in(bf16, tokens):
-            loss = model.loss(inputs, targets)  # predict and compare
+        loss = loss_of(model, inputs, targets, bf16)  # predict and compare
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,6 +7,7 @@ from collections import Counter
 from hashlib import sha256
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.texts import DATA
-from gpt3lib.tokenization import Tokenizer
+from gpt3lib.tokenization import TokenError, Tokenizer
 from gpt3lib.training import (
     HELD_OUT,
     TrainingError,
@@ -67,6 +68,33 @@ def test_pack_puts_end_of_text_before_every_document_and_loses_nothing(tokenizer
 
 def test_pack_of_nothing_is_an_empty_tensor_of_ids(tokenizer):
     assert pack(tokenizer, []).dtype == torch.int64 and len(pack(tokenizer, [])) == 0
+
+
+def test_pack_takes_a_million_blanks(tokenizer):
+    text = " " * 1_100_000 + "x"
+    assert tokenizer.decode(pack(tokenizer, [text])[1:].tolist()) == text
+
+
+def test_pack_takes_documents_one_by_one_and_no_bare_text(tokenizer):
+    documents = ["To be", "or not", ""]
+    packed = pack(tokenizer, documents)
+    for same in (tuple(documents), iter(documents), (text for text in documents), dict.fromkeys(documents)):
+        assert torch.equal(pack(tokenizer, same), packed)
+    pair = training_and_validation(tokenizer, iter(documents))
+    assert torch.equal(pair[0], pack(tokenizer, documents[1:])) and torch.equal(pair[1], pack(tokenizer, documents[:1]))
+    wrong = {
+        "documents is a str; for one text use \\[text\\]": "abc",
+        "documents is a bytes": b"abc",
+        "documents is a NoneType": None,
+        "documents is a int": 5,
+        "document 1 is a NoneType; it must be a text, str": ["a", None],
+        "document 0 is a bytes": [b"abc"],
+        "document 0 is a list": [["a"]],
+    }
+    for message, documents in wrong.items():
+        for f in (pack, training_and_validation):
+            with pytest.raises(TrainingError, match=message):
+                f(tokenizer, documents)
 
 
 def test_every_26th_document_is_held_out_and_no_other(tokenizer):
@@ -138,6 +166,34 @@ def test_bigram_loss_equals_dictionaries(vocab_size, length, weight, seed):
         prices.append(-math.log(chance) if chance else math.inf)
     ours = bigram_loss(torch.tensor(train_ids), torch.tensor(valid_ids), vocab_size, weight)
     assert ours == pytest.approx(sum(prices) / len(prices), rel=1e-9)
+
+
+@pytest.mark.parametrize("seen", [[], [2]])
+def test_bigram_loss_of_a_text_without_pairs_is_that_of_single_tokens(seen):
+    chance = [(seen.count(b) + 1) / (len(seen) + 5) for b in range(5)]
+    seen, text = torch.tensor(seen, dtype=torch.int64), torch.tensor([0, 2, 2, 4])
+    for weight in (0.0, 0.9):
+        expected = -sum(math.log((1 - weight) * chance[b]) for b in (2, 2, 4)) / 3
+        assert bigram_loss(seen, text, 5, weight) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bigram_loss_refuses_what_it_cannot_judge():
+    text = text_of(50)
+    for short in ([], [3]):
+        with pytest.raises(TrainingError, match=f"{len(short)} validation tokens hold no pair; 2 are the least"):
+            bigram_loss(text, torch.tensor(short, dtype=torch.int64), 31)
+    for pair in ((text, text + 1), (text + 1, text), (text - 1, text)):
+        with pytest.raises(TokenError, match="not in the vocabulary"):
+            bigram_loss(*pair, int(text.max()) + 1)
+    for weight in (-0.1, 1.5, math.nan):
+        with pytest.raises(TrainingError, match="weight is .*; it must be a share, 0 to 1"):
+            bigram_loss(text, text, 31, weight)
+
+
+def test_bigram_loss_counts_ids_of_32_bits_as_others():
+    """Numbers of pairs need 64: 50,257 squared is more than 32 hold."""
+    text, other = text_of(300, 50257), text_of(300, 50257)
+    assert bigram_loss(text.int(), other.int(), 50257) == bigram_loss(text, other, 50257)
 
 
 def test_bigram_probabilities_add_up_to_one():
@@ -378,6 +434,21 @@ def test_evaluate_looks_in_eval_mode():
         ({"n_steps": 5, "batch_size": 0}, "batch_size 0; both must be at least 1"),
         ({"n_steps": 5, "warmup": 6}, "warmup is 6, but there are 5 steps; choose 0 to 5"),
         ({"n_steps": 5, "warmup": -1}, "warmup is -1"),
+        ({"n_steps": 5.0}, "n_steps is 5.0 and batch_size 2; both must be at least 1, and whole numbers"),
+        ({"n_steps": True}, "n_steps is True"),
+        ({"n_steps": "5"}, "n_steps is '5'"),
+        ({"n_steps": None}, "n_steps is None"),
+        ({"n_steps": 5, "batch_size": 2.0}, "batch_size 2.0"),
+        ({"n_steps": 5, "warmup": 0.5}, "warmup is 0.5, but there are 5 steps; choose 0 to 5, a whole number"),
+        ({"n_steps": 5, "warmup": False}, "warmup is False"),
+        ({"n_steps": 5, "peak": math.nan}, "peak is nan; it must be a number, 0 or more"),
+        ({"n_steps": 5, "peak": math.inf}, "peak is inf"),
+        ({"n_steps": 5, "peak": -1e-3}, "peak is -0.001"),
+        ({"n_steps": 5, "peak": "1e-3"}, "peak is '1e-3'"),
+        ({"n_steps": 5, "peak": None}, "peak is None"),
+        ({"n_steps": 5, "seed": 0.5}, "seed is 0.5; choose a whole number of 12 digits"),
+        ({"n_steps": 5, "seed": 2**62}, "seed is 4611686018427387904"),
+        ({"n_steps": 5, "seed": None}, "seed is None"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_any_work(settings_, message):
@@ -386,6 +457,94 @@ def test_settings_that_make_no_sense_are_refused_before_any_work(settings_, mess
     with pytest.raises(TrainingError, match=message):
         train(model, text_of(100), **({"batch_size": 2, "warmup": 0} | settings_))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind"),
+    [
+        ([1, 2, 3] * 9, "not list; use torch.tensor\\(ids\\), or pack"),
+        (np.arange(27), "not ndarray"),
+        ("To be, or not to be", "not str"),
+        (torch.zeros(3, 9, dtype=torch.int64), "not \\(3, 9\\) torch.int64"),
+        (torch.zeros((), dtype=torch.int64), "not \\(\\) torch.int64"),
+        (torch.zeros(27), "not \\(27,\\) torch.float32"),
+        (torch.ones(27, dtype=torch.bool), "torch.bool"),
+    ],
+    ids=["list", "numpy", "str", "two dimensions", "none", "float", "bool"],
+)
+def test_a_text_is_one_long_tensor_of_ids(tokens, kind):
+    model, text = model_of(), text_of(50)
+    calls = (
+        lambda: train(model, tokens, 5, batch_size=2, warmup=0),
+        lambda: evaluate(model, tokens),
+        lambda: batch(tokens, 2, 8, 0, 0),
+        lambda: windows(tokens, 8, torch.tensor([0])),
+        lambda: bigram_loss(tokens, text, 31),
+        lambda: bigram_loss(text, tokens, 31),
+    )
+    for call in calls:
+        with pytest.raises(TrainingError, match=f"tokens must be one long tensor of ids, .*{kind}"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "3", None])
+def test_numbers_of_windows_are_whole_numbers(wrong):
+    text = text_of(50)
+    for call in (
+        lambda: evaluate(model_of(), text, wrong),
+        lambda: batch(text, wrong, 8, 0, 0),
+        lambda: batch(text, 2, wrong, 0, 0),
+    ):
+        with pytest.raises(TrainingError, match="it must be a whole number, 1 or more"):
+            call()
+
+
+def test_ids_are_looked_at_before_training():
+    """All of them, not only those in the first batches."""
+    for spoiled in (31, -1):
+        text, model = text_of(100_000), model_of()
+        text[77_777] = spoiled
+        with pytest.raises(TokenError, match=f"token id {spoiled} is not in the vocabulary"):
+            train(model, text, 1, batch_size=1, warmup=0)
+        assert torch.equal(model.ln_f.bias, torch.zeros(16))
+
+
+def test_numbers_of_numpy_and_ids_of_32_bits_change_nothing():
+    text, found = text_of(100), []
+    for whole, real, tokens in ((int, float, text), (np.int64, np.float64, text.int())):
+        model = model_of()
+        numbers = (whole(3), whole(2), real(1e-2), whole(1), whole(7))
+        losses = train(model, tokens, *numbers)
+        found.append(
+            (losses, evaluate(model, tokens, whole(4)), *batch(tokens, whole(2), whole(8), whole(1), whole(3)))
+        )
+    assert found[0][:2] == found[1][:2]
+    assert torch.equal(found[0][2], found[1][2].long()) and torch.equal(found[0][3], found[1][3].long())
+
+
+def test_tokens_go_where_the_model_is():
+    """The meta device stands for a GPU."""
+    seen = set()
+
+    class Elsewhere(torch.nn.Module):
+        config = TINY
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1, device="meta"))
+
+        def loss(self, inputs, targets):
+            seen.update((inputs.device.type, targets.device.type))
+            return torch.tensor(2.0)
+
+    assert evaluate(Elsewhere(), text_of(50)) == 2 and seen == {"meta"}
+
+
+def test_evaluate_adds_up_in_more_than_the_model_has():
+    """256 losses of about 3.4 in bfloat16: their sum there has two digits."""
+    model, tokens = model_of().bfloat16(), text_of(3000)
+    wide = model_of().bfloat16().double()
+    assert evaluate(model, tokens, 256) == pytest.approx(evaluate(wide, tokens, 256), abs=1e-3)
 
 
 def test_a_text_without_a_window_is_refused():
