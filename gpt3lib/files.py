@@ -472,7 +472,8 @@ def check_same(module: nn.Module, twin: nn.Module) -> None:
     """Raise WeightsError unless a module is its twin with plain numbers in it."""
     told, wanted, nothing = facts(module), facts(twin), "not there"
     tensors = {unwrapped(name): t for name, t in module.state_dict().items()}
-    for name in sorted({*wanted, *tensors}):
+    shapes = {*tensors, *twin.state_dict()}
+    for name in [*sorted(shapes), *wanted]:
         fact, right = told.get(name, nothing), wanted.get(name, nothing)
         if fact != right:
             raise WeightsError(

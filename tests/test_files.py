@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,6 @@ from gpt3lib.files import (
     MODEL,
     Stored,
     WeightsError,
-    check_same,
     find_folder,
     is_whole,
     pick_device,
@@ -30,6 +31,7 @@ from gpt3lib.files import (
     write_beside,
     write_folder,
     write_shards,
+    write_tensors,
 )
 from mortal import Mortal
 
@@ -184,6 +186,60 @@ def test_shards_hold_every_tensor_once_in_order(sizes, room):
 
 def test_no_tensors_make_no_shards():
     assert shards({}, 5) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float64])
+def test_our_writer_writes_what_safetensors_reads(tmp_path, dtype):
+    tensors = {"é": torch.arange(6).to(dtype).view(2, 3).T, "0": torch.ones((), dtype=dtype), "e": torch.ones(0, 2)}
+    write_tensors(tmp_path / "x", tensors, {})
+    assert same(load_file(tmp_path / "x"), tensors)
+    write_tensors(tmp_path / "y", {n: t.to("meta") for n, t in tensors.items()}, {}, tensors.get)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+@pytest.mark.parametrize("way", ["single", "shards"])
+@pytest.mark.parametrize("old", ["single", "shards", None])
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, way, old):
+    if old:
+        put(tmp_path, NUMBERS, {"who": "we"}, "old", old)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = iter([True])
+
+    def full(*arguments):
+        if way == "shards" and next(calls, False):
+            return write_tensors(*arguments)  # the second shard finds no room
+        arguments[0].write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_tensors", full)
+    message = complaint(put, tmp_path, others(), {"who": "they"}, "new", way)
+    assert message.startswith(f"{tmp_path} cannot be written (") and "No space left" in message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("way", ["single", "shards"])
+def test_a_path_that_is_no_folder(tmp_path, way):
+    (tmp_path / "x").write_bytes(b"mine")
+    assert "is a file; give a folder to write into" in complaint(put, tmp_path / "x", NUMBERS, {}, "{}", way)
+    assert "cannot be written" in complaint(put, tmp_path / "x" / "y", NUMBERS, {}, "{}", way)
+    assert listing(tmp_path) == ["x"] and (tmp_path / "x").read_bytes() == b"mine"
+    (tmp_path / "z" / MODEL).mkdir(parents=True)
+    assert "is a folder; it must be a file" in complaint(scan_folder, tmp_path / "z")
+    assert "cannot be written" in complaint(put, tmp_path / "z", NUMBERS, {}, "{}", way)
+    assert (tmp_path / "z" / MODEL).is_dir() and not list((tmp_path / "z").glob("*.part"))
+
+
+@pytest.mark.parametrize("path", [None, b"x", 3, "", ["x"]])
+def test_what_is_no_path(path):
+    assert complaint(find_folder, path, print) == f"{path!r} is no path; give the path of a folder, as text"
+
+
+def test_addresses_and_ones_home(tmp_path, monkeypatch):
+    for address in ("file:///x/y", "https://huggingface.co/gpt2"):
+        assert complaint(find_folder, address, print) == f"{address} is an address; give a folder, or owner/name"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    assert find_folder("~/x", print) == tmp_path / "x"
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "1GB", True, None])
@@ -348,6 +404,85 @@ def test_a_folder_comes_first_and_a_file_is_none(tmp_path, monkeypatch, hub):
     assert find_folder("gpt2", pytest.fail) == Path("gpt2") and hub[0] == []
     (tmp_path / "x").write_bytes(b"")
     assert complaint(find_folder, tmp_path / "x", print).endswith("is a file; give the folder that it lies in")
+
+
+HUB = """
+import http.server, json, os, sys, threading, time
+
+mode, config, sha = sys.argv[1], b'{"vocab_size": 9, "d_model": 4}', "a" * 40
+files = {"config.json": config, "model.safetensors": b"x" * 15_000_000}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        path = self.path.split("?")[0]
+        if path.endswith("revision/main") or path.endswith("api/models/gpt2"):
+            names = [{"rfilename": name} for name in files]
+            body = json.dumps({"id": "gpt2", "sha": sha, "siblings": names}).encode()
+        elif "/tree/" in path:
+            entries = [{"type": "file", "oid": n, "path": n, "size": len(files[n])} for n in files]
+            body = json.dumps(entries).encode()
+            if mode == "list":
+                time.sleep(100)
+        else:
+            body = files.get(path.split("/")[-1], b"{}")
+        large = len(body) > 1000
+        if mode == "start" or mode == "file" and large:
+            time.sleep(100)
+        self.send_response(200)
+        for key, value in {"ETag": '"x%d"' % len(body), "X-Repo-Commit": sha, "Content-Length": len(body)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET" and not (large and self.headers.get("range")):
+            self.wfile.write(body[: 12_000_000 if mode == "middle" else None])
+        if mode == "middle" and large and self.command == "GET":
+            time.sleep(100)
+
+    do_GET = do_HEAD
+
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+port = server.server_address[1]
+if mode == "refused":
+    server.server_close()
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{port}"
+from gpt3lib.files import WeightsError, find_folder, impatient
+import huggingface_hub  # the client's own imports are no silence
+
+started = time.monotonic()
+try:
+    print(find_folder("gpt2", lambda folder: None).name == sha)
+except WeightsError as error:
+    print(error)
+print(time.monotonic() - started)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("mode", ["start", "list", "file", "middle", "refused", "fine"])
+def test_a_hub_that_falls_silent_is_given_up(tmp_path, mode):
+    """A real client against a real socket, which accepts and says nothing from some moment on."""
+    off = {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "30" if mode == "fine" else "2",
+        "NO_PROXY": "*",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    off |= {"PYTHONPATH": os.getcwd()}  # 2 s instead of 7, so that the test is short
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | off
+    command = [sys.executable, "-c", HUB, mode]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    said, seconds = run.stdout.strip().rsplit("\n", 1)
+    assert (
+        said == "True" if mode == "fine" else "'gpt2' is no folder here, and the Hugging Face hub could not be" in said
+    )
+    assert float(seconds) < 25
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3), np.uint8(2)])

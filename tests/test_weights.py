@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 
 from gpt3lib import files, weights
@@ -527,6 +530,180 @@ def test_a_file_is_no_folder_and_a_folder_may_be_empty(tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
+# ---- what no file can hold ----
+
+
+def on(path, value):
+    """A change of a model: the attribute at this path becomes this value, or what it makes of the old one."""
+
+    def change(model):
+        *places, last = path.split(".")
+        for place in places:
+            model = getattr(model, place)
+        setattr(
+            model, last, value(getattr(model, last)) if callable(value) and not isinstance(value, nn.Module) else value
+        )
+
+    return change
+
+
+def typed(dtype):
+    return lambda p: nn.Parameter(p.detach().to(dtype), requires_grad=False)
+
+
+HALF = "blocks.0.mlp.up.weight"
+LOST = {
+    "value_head.bias": lambda m: setattr(m, "value_head", nn.Linear(24, 1)),
+    "blocks.1.mlp.up.0.bias": on("blocks.1.mlp.up", lambda up: nn.Sequential(up)),
+    "embeddings.wte.weight": on("embeddings.wte", nn.Embedding(128, 24)),
+    "blocks.2.mlp.down.bias": lambda m: setattr(m.blocks[2].mlp.down, "bias", None),
+    "blocks.2.attention.wk.bias": lambda m: m.blocks.__delitem__(2),
+    "blocks.3.attention.wk.bias": lambda m: m.blocks.append(make_model(m.config).blocks[0]),
+    "mask": lambda m: m.register_buffer("mask", torch.ones(3)),
+    "blocks.0.attention.lora": lambda m: setattr(m.blocks[0].attention, "lora", nn.Parameter(torch.ones(3))),
+    "blocks.0.mlp.up.parametrizations.weight.original": lambda m: nn.utils.parametrize.register_parametrization(
+        m.blocks[0].mlp.up, "weight", nn.Identity()
+    ),
+    "blocks.1.ln_1.eps": on("blocks.1.ln_1.eps", 1e-6),
+    "blocks.1.attention.scale": on("blocks.1.attention.scale", 1.0),
+    "blocks.1.attention.bandwidth": on("blocks.1.attention.bandwidth", 5),
+    "blocks.0.mlp.activation.__class__": on("blocks.0.mlp.activation", nn.ReLU()),
+    "blocks.0.mlp.activation.approximate": on("blocks.0.mlp.activation", nn.GELU()),
+    "blocks.0.attention.wq.weight": on("blocks.0.attention.wq.weight", typed(torch.int8)),
+    "blocks.0.attention.wo.weight": on("blocks.0.attention.wo.weight", typed(torch.complex64)),
+    HALF: on(HALF, typed(torch.float8_e4m3fn)),
+    "ln_f.weight": lambda m: setattr(m, "ln_f", nn.LayerNorm(24, device="meta")),
+}
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 9000])
+@pytest.mark.parametrize("name", LOST)
+def test_what_would_not_come_back_is_not_written(tmp_path, name, shard_bytes):
+    """The message names the part, and a good folder stays as it is, byte for byte."""
+    model = ours(bandwidth=3)
+    write_pretrained(model, tmp_path, shard_bytes)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    LOST[name](model)
+    with pytest.raises(WeightsError) as caught:
+        write_pretrained(model, tmp_path, shard_bytes)
+    assert str(caught.value).startswith(f"{name} ")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(WeightsError):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_config_that_is_not_the_models(tmp_path):
+    model = OtherGPT(OtherConfig(**SMALL, activation="relu"))
+    model.config = replace(model.config, activation="gelu")
+    with pytest.raises(
+        WeightsError, match="activation.__class__ is ReLU; made again from the model's config, it is GELU"
+    ):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="a Linear is no GPT"):
+        write_pretrained(nn.Linear(2, 2), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "opt", "gpt3lib"])
+def test_odd_tensors_that_a_file_can_hold(tmp_path, kind):
+    options = {"gpt_neo": {"qkv_bias": False, "scaled": False, "bandwidth": 3}, "opt": {"position_offset": 2}}
+    model = ours(**options.get(kind, {"bandwidth": 3} if kind == "gpt3lib" else {}))
+    with torch.no_grad():
+        model.ln_f.bias[3] = math.nan
+        model.blocks[0].mlp.up.weight = nn.Parameter(torch.randn(24, 96).T)
+        model.blocks[1].mlp = model.blocks[0].mlp  # two layers, one memory
+    model.blocks[0].bfloat16()
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name].nan_to_num(), tensor.float().nan_to_num())
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw.get("dtype", "float32") == "float32"  # the type that holds them all
+    with torch.inference_mode():
+        write_pretrained(ours().bfloat16(), tmp_path, 9000)
+
+
+def test_compiled_models_and_their_files(tmp_path):
+    model = ours()
+    write_pretrained(torch.compile(model), tmp_path / "a")
+    assert same(GPT.from_pretrained(tmp_path / "a"), model)
+    model.blocks[1] = torch.compile(model.blocks[1])
+    model.save_pretrained(tmp_path / "b")
+    right = GPT.from_pretrained(tmp_path / "a").state_dict()
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
+        edit(tmp_path / "b", lambda tensors, p=prefix: {p + name: t for name, t in tensors.items()})
+        (tmp_path / "b" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
+        right = GPT.from_pretrained(tmp_path / "a").state_dict()
+        edit(tmp_path / "b", lambda tensors, p=prefix: {name.removeprefix(p): t for name, t in tensors.items()})
+    edit(tmp_path / "b", lambda tensors: tensors | {"module.transformer.ln_f.bias": torch.ones(24)})
+    assert "module.transformer.ln_f.bias is (24,), expected no such tensor" in complaint(tmp_path / "b")
+
+
+# ---- ids that end a text, and the type of the numbers ----
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "opt"])
+@pytest.mark.parametrize("eos", [5, [5, 7], None])
+def test_token_ids_survive_the_way_through_us(tmp_path, kind, eos):
+    ids = {"bos_token_id": 3, "eos_token_id": eos, "pad_token_id": 1}
+    theirs_in(tmp_path / "a", kind, **ids)
+    GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    write_pretrained(GPT.from_pretrained(tmp_path / "b"), tmp_path / "c", 9000)
+    for folder in ("b", "c"):
+        back = CLASSES[kind][1].from_pretrained(tmp_path / folder)
+        assert {word: getattr(back.config, word) for word in ids} == ids
+        assert back.generation_config.eos_token_id == eos
+        old = transformers.AutoConfig.from_pretrained(tmp_path / "a").to_dict()
+        assert {word: back.config.to_dict()[word] for word in LAYOUTS[kind].dropouts}.items() <= old.items()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
+def test_the_type_of_the_numbers_in_memory(tmp_path, dtype):
+    model = ours().to(dtype)
+    model.save_pretrained(tmp_path)
+    for wanted in (None, torch.bfloat16, torch.float32, torch.float64):
+        again = GPT.from_pretrained(tmp_path, dtype=wanted)
+        assert {parameter.dtype for parameter in again.parameters()} == {wanted or dtype}
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor.to(wanted or dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn, "auto", "float32", float, 3])
+def test_types_that_no_model_has(tmp_path, dtype):
+    with pytest.raises(WeightsError, match="it must be torch.float32, float16, bfloat16, float64, or None"):
+        GPT.from_pretrained(tmp_path, dtype=dtype)
+
+
+MEASURE = """
+import re, sys, torch
+from gpt3lib import GPT
+def most():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+GPT.from_pretrained(sys.argv[1])
+before = most()
+model = GPT.from_pretrained(sys.argv[2])
+print((most() - before) / sum(p.nbytes for p in model.parameters()))
+open("/proc/self/clear_refs", "w").write("5")
+before = most()
+model.save_pretrained(sys.argv[2])
+print((most() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process its peak of memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_loading_and_saving(tmp_path, dtype):
+    """Of 100 MB: little more than the model to read it, and little more than nothing to write it."""
+    ours().save_pretrained(tmp_path / "small")
+    config = GPTConfig(4000, 128, 8, 512, 8, 64, ("dense",))
+    GPT(config).to(dtype).save_pretrained(tmp_path / "large")
+    command = [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "large"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    loading, saving = map(float, run.stdout.split())
+    assert loading < 1.35 and saving < 0.35
+
+
 # ---- shards ----
 
 
@@ -768,6 +945,8 @@ def test_our_files_cut_short(tmp_path, keep):
         (json.dumps(SMALL | {"colour": 1}), "colour"),
         (json.dumps({k: v for k, v in SMALL.items() if k != "n_ctx"}), "n_ctx"),
         ("\udcff", "decode"),
+        ('{"n_embd": 24, "vocab_size": 37}', "it has no model_type; add gpt2, gpt_neo or opt to it"),
+        ("{}", "it has no model_type"),
         (json.dumps(SMALL | {"model_type": ["gpt2"]}), "the model_type is ['gpt2']; we can read gpt2"),
     ],
 )
