@@ -8,6 +8,7 @@ import threading
 from collections import namedtuple
 from pathlib import Path
 
+import axe_playwright_python
 import nbformat
 import pytest
 
@@ -20,8 +21,12 @@ REPOSITORY = execute.settings()["repository"]["url"]
 WIDE = 1280
 OTHERS = ["glossary", "names", "references"]
 PAGES = [*CHAPTERS, *OTHERS]
+EVERY_PAGE = [*PAGES, "../genindex", "../search"]
 Screen = namedtuple("Screen", "width theme")
 Visit = namedtuple("Visit", "facts trouble")
+Reading = namedtuple("Reading", "axe eyes")
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+EYES = (ROOT / "tests" / "reader.js").read_text(encoding="utf-8")
 
 # what a page says about itself
 FACTS = """() => {
@@ -61,7 +66,7 @@ FACTS = """() => {
         cites: [...document.querySelectorAll('article a[href*="references.html#"], article a.citation')].length,
         // keys that no link was made of, outside code and outputs
         rawKeys: (() => {
-            const copy = document.querySelector('article').cloneNode(true);
+            const copy = (document.querySelector('article') ?? document.body).cloneNode(true);
             copy.querySelectorAll('pre, code, a, svg, .citation, .output').forEach((e) => e.remove());
             return copy.textContent.match(/\\[[A-Z]{1,3}[0-9]{2}\\]|\\{[a-z-]+\\}`|:::|^#+ /gm) || [];
         })(),
@@ -71,6 +76,29 @@ FACTS = """() => {
         scrolls: [...document.querySelectorAll('.cell_input pre')].filter((e) => e.scrollWidth > e.clientWidth + 1)
             .map((e) => e.innerText.slice(0, 80)),
     };
+}"""
+
+# before a page is judged: nothing moves, nothing is folded, and of a kind of coloured words in code one is enough
+OPEN = """() => {
+    const still = document.createElement('style');
+    still.textContent = '* { transition: none !important; animation: none !important; }';
+    document.head.append(still);
+    document.querySelectorAll('details').forEach((e) => { e.open = true; });
+    document.querySelectorAll('.toggle-hidden').forEach((e) => e.classList.remove('toggle-hidden'));
+    const kinds = new Set();
+    document.querySelectorAll('pre span').forEach((e) => {
+        const kind = e.className + !!e.closest('.cell_output');
+        e.className && kinds.size < kinds.add(kind).size || e.replaceWith(...e.childNodes);
+    });
+    document.querySelectorAll('pre').forEach((e) => e.normalize());
+}"""
+
+# axe's rules, also two that it leaves out by default
+JUDGE = """async () => {
+    const more = ['label-content-name-mismatch', 'target-size'].map((rule) => [rule, { enabled: true }]);
+    const found = await axe.run(document, { resultTypes: ['violations'], preload: false,
+        rules: Object.fromEntries(more) });
+    return found.violations.flatMap(({ id, nodes }) => nodes.map((n) => `${id}: ${n.html.slice(0, 200)}`));
 }"""
 
 
@@ -112,6 +140,12 @@ def visit(page, address):
     page.wait_for_load_state("networkidle")
 
 
+def judge(page):
+    """What axe says about a page as it is now."""
+    page.evaluate(AXE)
+    return page.evaluate(JUDGE)
+
+
 @pytest.fixture(scope="session")
 def visits(browser, site):
     """(chapter, width, theme) -> what the page said; every page is opened once for each screen."""
@@ -120,7 +154,7 @@ def visits(browser, site):
         context = browser.new_context(viewport={"width": screen.width, "height": 900}, color_scheme=screen.theme)
         page, trouble = context.new_page(), []
         watch(page, site, trouble)
-        for chapter in PAGES:
+        for chapter in EVERY_PAGE:
             visit(page, f"{site}/book/{chapter}.html")
             found[chapter, screen.width, screen.theme] = Visit(page.evaluate(FACTS), list(trouble))
             # the other theme on the same screen, without loading the page again
@@ -128,6 +162,22 @@ def visits(browser, site):
             page.emulate_media(color_scheme=other)
             page.wait_for_function(f"() => document.documentElement.dataset.theme === '{other}'")
             found[chapter, screen.width, other] = Visit(page.evaluate(FACTS), list(trouble))
+            # all readers: a wide page in the dark, a narrow one in the light; the eyes see both, and paper
+            page.evaluate(OPEN)
+            eyes = {}
+            if screen.width == WIDE:
+                eyes["dark"] = page.evaluate(EYES)
+                page.emulate_media(color_scheme="light")
+                page.wait_for_function("() => document.documentElement.dataset.theme === 'light'")
+                eyes["light"] = page.evaluate(EYES)
+                page.emulate_media(color_scheme="dark")
+                page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
+                page.evaluate("() => window.dispatchEvent(new Event('beforeprint'))")
+                page.emulate_media(media="print")
+                eyes["paper"] = page.evaluate(EYES)
+                page.emulate_media(media="screen")
+                page.evaluate("() => window.dispatchEvent(new Event('afterprint'))")
+            found[chapter, screen.width] = Reading(judge(page), eyes)
             page.emulate_media(color_scheme=screen.theme)
             trouble.clear()
         context.close()
@@ -147,6 +197,18 @@ def test_a_page_loads_without_trouble(visits, chapter, screen):
     assert trouble == []
     assert facts["lost"] == [] and facts["broken"] == 0
     assert facts["title"]
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE)
+def test_axe_finds_nothing(visits, page):
+    assert visits[page, WIDE].axe == [] and visits[page, 390].axe == []
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE)
+@pytest.mark.parametrize("ground", ["light", "dark", "paper"])
+def test_every_text_can_be_read_on_what_is_behind_it(visits, page, ground):
+    eyes = visits[page, WIDE].eyes[ground]
+    assert eyes["weak"] == [] and (eyes["texts"] > 20 or page not in PAGES)
 
 
 @every_page
@@ -303,3 +365,177 @@ def test_a_watched_page_that_misbehaves_is_caught(browser, site):
     assert all(word in words for word in ("404: ", "oops", "thrown", "foreign: http://127.0.0.1:9", "failed: "))
     assert page.evaluate(FACTS)["sideways"] > 0
     page.close()
+
+
+# --- any reader's eyes and hands ---
+
+
+@pytest.fixture
+def opened(browser, site):
+    """Opens a page of the book, wide or narrow."""
+    pages = []
+
+    def open_page(name, width=WIDE):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="light")
+        pages.append(page)
+        visit(page, f"{site}/book/{name}.html")
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+def test_axe_and_the_eyes_find_what_is_broken_on_purpose(opened):
+    page = opened("06_decoder")
+    page.evaluate(OPEN)
+    assert judge(page) == [] and page.evaluate(EYES)["weak"] == []
+    page.evaluate("""() => {
+        const toggle = document.querySelector('.primary-toggle');
+        ['aria-label', 'title'].forEach((name) => toggle.removeAttribute(name));
+        document.querySelector('.search-button-field').setAttribute('aria-label', 'Find');
+        document.querySelector('.picture svg[role=img]').removeAttribute('aria-label');
+        document.querySelector('#pst-primary-sidebar').removeAttribute('role');
+        document.querySelector('article p').style.color = '#999999';
+        document.querySelector('article .picture text').style.fill = '#999999';
+    }""")
+    rules = {found.split(":")[0] for found in judge(page)}
+    assert {"button-name", "svg-img-alt", "label-content-name-mismatch", "region", "color-contrast"} <= rules
+    weak = page.evaluate(EYES)["weak"]
+    assert sum("2.85 : 1" in text for text in weak) >= 2 and any("<text" in text for text in weak)
+
+
+@pytest.mark.parametrize("width", [WIDE, 390])
+@pytest.mark.parametrize(
+    "opener, dialog", [("search-button", "#pst-search-dialog"), ("primary-toggle", "#pst-primary-sidebar-modal")]
+)
+def test_axe_finds_nothing_in_a_dialog_and_escape_closes_it(opened, width, opener, dialog):
+    if (width, opener) == (WIDE, "primary-toggle"):
+        return  # there the button hides the sidebar, which is no dialog
+    page = opened("01_one_parameter", width)
+    button = page.locator(f"button.{opener}:visible, button.{opener}__button:visible").first
+    button.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"{dialog}[open]")
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        page.wait_for_function(f"() => document.documentElement.dataset.theme === '{theme}'")
+        page.wait_for_timeout(400)  # the dialog and its colours come slowly
+        assert judge(page) == []
+    page.keyboard.press("Escape")
+    page.wait_for_function(f"() => !document.querySelector('{dialog}').open")
+    assert button.evaluate("(e) => e === document.activeElement")
+
+
+# the element in focus: which one it is, and whether a reader sees that
+FOCUS = """(all) => {
+    const e = document.activeElement, box = e.getBoundingClientRect();
+    const style = getComputedStyle(e);
+    return {
+        at: window.stops.indexOf(e), html: `${e.outerHTML.slice(0, 150)} ${[box.x, box.y, box.width].map(Math.round)}`,
+        ring: style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 2 || style.boxShadow !== 'none',
+        seen: box.bottom > 0 && box.top < innerHeight && box.right > 0 && box.left < innerWidth,
+    };
+}"""
+STOPS = """() => {
+    const kinds = "a[href], button, input, summary, [tabindex='0'], svg a";
+    window.stops = [...document.querySelectorAll(kinds)].filter((e) =>
+        e.tabIndex >= 0 && e.checkVisibility({ visibilityProperty: true }) && e.getClientRects().length);
+    return window.stops.map((e) => e.outerHTML.slice(0, 150));
+}"""
+
+
+@pytest.mark.parametrize("chapter, width", [("index", WIDE), ("01_one_parameter", WIDE), ("06_decoder", 390)])
+def test_tab_reaches_everything_in_order_and_shows_where_it_is(opened, chapter, width):
+    page = opened(chapter, width)
+    page.add_style_tag(content="* { transition: none !important; }")
+    stops, visited = page.evaluate(STOPS), []
+    for _ in range(len(stops)):
+        page.keyboard.press("Tab")
+        visited.append(page.evaluate(FOCUS))
+    missed = set(range(len(stops))) - {stop["at"] for stop in visited}
+    assert [stops[i] for i in missed] == []
+    assert [stop["at"] for stop in visited] == sorted(stop["at"] for stop in visited)
+    assert [stop["html"] for stop in visited if not (stop["ring"] and stop["seen"])] == []
+
+
+def test_keys_work_everything(opened, site):
+    page = opened("01_one_parameter")
+    press = lambda where: (page.locator(where).first.focus(), page.keyboard.press("Enter"))
+    shown = lambda where: page.locator(where).first.is_visible()
+    # the way past the sidebar
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#main-content")
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => !!document.activeElement.closest('main')")
+    # the theme: light, dark, the system's
+    modes = [
+        press(".theme-switch-button") and page.evaluate("() => document.documentElement.dataset.mode") for _ in "123"
+    ]
+    assert sorted(modes) == ["auto", "dark", "light"]
+    # folded code, a folded solution, a copy
+    for folded, inside in [
+        ("details > summary", "details pre"),
+        ("button.toggle-button", ".solution > p:not(.admonition-title)"),
+    ]:
+        assert not shown(inside)
+        press(folded)
+        page.wait_for_timeout(400)
+        assert shown(inside)
+        page.keyboard.press("Space")
+        page.wait_for_timeout(400)
+        assert not shown(inside)
+    press(".cell_input button.copybtn:visible")
+    page.wait_for_selector("button.copybtn.success")
+    # a menu opens and closes
+    press(".dropdown-launch-buttons button")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("() => !!document.activeElement.closest('.dropdown-launch-buttons .dropdown-menu.show a')")
+    page.keyboard.press("Escape")
+    assert not shown(".dropdown-launch-buttons .dropdown-menu")
+    # the sidebar goes and comes
+    press(".primary-toggle:visible")
+    page.wait_for_timeout(500)
+    assert not shown("#pst-primary-sidebar .bd-links")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)
+    assert shown("#pst-primary-sidebar .bd-links")
+    # a link of the map
+    press(".picture svg a")
+    page.wait_for_url("**/book/*.html")
+    assert not page.url.endswith("01_one_parameter.html")
+
+
+def test_a_film_stops_in_focus_as_under_the_pointer(opened):
+    page = opened("index")
+    film = page.locator(".picture svg[tabindex]").first
+    plays = lambda: film.evaluate(
+        "(e) => [...new Set(e.getAnimations({ subtree: true }).map((a) => a.playState))].sort()"
+    )
+    assert plays() == ["running"]
+    film.focus()
+    assert plays() == ["paused"]
+    page.keyboard.press("Tab")
+    assert plays() == ["running"]
+
+
+def test_what_scrolls_can_be_scrolled_by_keys(opened):
+    page = opened("04_attention", 390)
+    page.evaluate(OPEN)
+    page.wait_for_timeout(500)
+    hidden = page.evaluate("""() => [...document.querySelectorAll('article *')].filter((e) =>
+        e.scrollWidth > e.clientWidth + 1 && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)
+        && e.tabIndex < 0 && !e.querySelector('a, button, [tabindex="0"]')).map((e) => e.outerHTML.slice(0, 100))""")
+    assert hidden == []
+
+
+def test_the_page_is_printed_in_light_colours(opened):
+    page = opened("01_one_parameter")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
+    themes = page.evaluate("""() => ['beforeprint', 'afterprint'].map((event) => {
+        window.dispatchEvent(new Event(event));
+        return document.documentElement.dataset.theme;
+    })""")
+    assert themes == ["light", "dark"]
