@@ -459,7 +459,8 @@ PASSING = ("training", "how")
 
 def facts(module: nn.Module) -> dict[str, object]:
     """The shapes of a module's tensors, the classes and settings of its parts."""
-    told = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    state = module.state_dict().items()  # a quantised one holds more than tensors
+    told = {name: tuple(getattr(t, "shape", ())) for name, t in state}
     for name, part in module.named_modules(remove_duplicate=False):
         told |= {f"{name}.__class__": type(part).__name__} if name else {}
         for key, value in vars(part).items():
@@ -472,8 +473,7 @@ def check_same(module: nn.Module, twin: nn.Module) -> None:
     """Raise WeightsError unless a module is its twin with plain numbers in it."""
     told, wanted, nothing = facts(module), facts(twin), "not there"
     tensors = {unwrapped(name): t for name, t in module.state_dict().items()}
-    shapes = {*tensors, *twin.state_dict()}
-    for name in [*sorted(shapes), *wanted]:
+    for name in [*sorted({*tensors, *twin.state_dict()}), *wanted]:
         fact, right = told.get(name, nothing), wanted.get(name, nothing)
         if fact != right:
             raise WeightsError(

@@ -474,7 +474,7 @@ def test_a_hub_that_falls_silent_is_given_up(tmp_path, mode):
         "NO_PROXY": "*",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    off |= {"PYTHONPATH": os.getcwd()}  # 2 s instead of 7, so that the test is short
+    off |= {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "0"}  # 2 s instead of 7, so that the test is short
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | off
     command = [sys.executable, "-c", HUB, mode]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)

@@ -634,7 +634,8 @@ def test_compiled_models_and_their_files(tmp_path):
     for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
         edit(tmp_path / "b", lambda tensors, p=prefix: {p + name: t for name, t in tensors.items()})
         (tmp_path / "b" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
-        right = GPT.from_pretrained(tmp_path / "a").state_dict()
+        found = GPT.from_pretrained(tmp_path / "b").state_dict()
+        assert found.keys() == right.keys() and all(torch.equal(found[name], right[name]) for name in right)
         edit(tmp_path / "b", lambda tensors, p=prefix: {name.removeprefix(p): t for name, t in tensors.items()})
     edit(tmp_path / "b", lambda tensors: tensors | {"module.transformer.ln_f.bias": torch.ones(24)})
     assert "module.transformer.ln_f.bias is (24,), expected no such tensor" in complaint(tmp_path / "b")
