@@ -7,12 +7,14 @@ import json
 import numbers
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -46,52 +48,18 @@ def sha256(source: bytes | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# torch's types -> the format's words; the first four are numbers of a model
-TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def write_tensors(
-    path: Path,
-    tensors: dict[str, torch.Tensor],
-    header: dict[str, str],
-    numbers: Callable[[str], torch.Tensor] | None = None,
-) -> None:
-    """Write a safetensors file, wide types first so that each number is aligned.
-
-    numbers: a name's tensor, asked for when it is written; without it, those given.
-    """
-    entries, end = {"__metadata__": header}, 0
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    for name in names:
-        t, start = tensors[name], end
-        end += t.nbytes
-        entries[name] = {"dtype": TYPES[t.dtype], "shape": list(t.shape)}
-        entries[name]["data_offsets"] = [start, end]
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            t = tensors[name] if numbers is None else numbers(name)
-            file.write(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+def copied(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A copy in one piece, in the processor's memory; dtype None keeps the type."""
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
 
 
 def is_whole(value, least: int = 1) -> bool:
     """Whether a value is a whole number, Python's or numpy's, of at least `least`."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     return whole and value >= least
+
+
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class WeightsError(ValueError):
@@ -101,45 +69,47 @@ class WeightsError(ValueError):
     """
 
 
-def remove_shards(folder: Path, keep) -> None:
-    """Remove an older model's shards, all but those in `keep`, and unfinished ones."""
-    finished = folder.glob("model-*-of-*.safetensors")
-    for path in [*finished, *folder.glob("model-*-of-*.part")]:
-        if path.name not in keep:
+def remove_shards(folder: Path) -> None:
+    """Remove the shards that no index in the folder names, and unfinished ones."""
+    index = folder / INDEX
+    text = index.read_text() if index.is_file() else "{}"
+    keep = set(json.loads(text).get("weight_map", {}).values())
+    for path in folder.glob("model-*-of-*.*"):
+        if path.suffix in (".safetensors", ".part") and path.name not in keep:
             os.unlink(path)
-
-
-MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Makes the folder; whatever cannot be written is a WeightsError that says why."""
-    if folder.is_file():
+    if os.path.isfile(folder):  # unlike Path's, it takes a path that is too long
         raise WeightsError(f"{folder} is a file; give a folder to write into")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise WeightsError(
             f"{folder} cannot be written ({error}); make room there, or choose another"
         ) from error
 
 
 def write_folder(
-    folder: Path, tensors: dict, header: dict[str, str], config: str, numbers=None
+    folder: Path, tensors: dict, header: dict[str, str], config: str
 ) -> None:
     """Write model.safetensors and config.json; a kill leaves a model that loads.
 
-    numbers: see write_tensors. Raises WeightsError.
+    Raises WeightsError.
     """
+    copies = {name: copied(tensor) for name, tensor in tensors.items()}
     with writing(folder):
         with beside(folder / "config.json") as part:
             part.write_text(config)
             with beside(folder / MODEL) as weights:
-                write_tensors(weights, tensors, header, numbers)
+                save_file(copies, weights, metadata=header)
+                # safetensors lets only the owner read; do as for other files
+                weights.chmod(part.stat().st_mode)
         (folder / INDEX).unlink(missing_ok=True)
-        remove_shards(folder, keep=())
+        remove_shards(folder)
 
 
 def shards(tensors: dict, shard_bytes: int) -> list[dict]:
@@ -160,47 +130,30 @@ def shards(tensors: dict, shard_bytes: int) -> list[dict]:
     return groups
 
 
-@contextmanager
-def old_shards_stay(folder: Path) -> Iterator[None]:
-    """Removes, when something fails, the shards that no index in the folder names."""
-    try:
-        yield
-    except BaseException:
-        index = folder / INDEX
-        text = index.read_text() if index.is_file() else "{}"
-        places = json.loads(text).get("weight_map", {})
-        remove_shards(folder, keep=set(places.values()))
-        raise
-
-
 def write_shards(
-    folder: Path,
-    tensors: dict,
-    header: dict,
-    config: str,
-    shard_bytes: int,
-    numbers=None,
+    folder: Path, tensors: dict, header: dict, config: str, shard_bytes: int
 ) -> None:
     """Write shards named by their hashes, then the index that makes them the model.
 
-    numbers: see write_tensors. Raises WeightsError, for shard_bytes below 1 before
-    anything is written.
+    Raises WeightsError, for shard_bytes below 1 before anything is written.
     """
     groups, places = shards(tensors, shard_bytes), {}
     about = header | {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-    with writing(folder), old_shards_stay(folder):
-        for i, group in enumerate(groups, start=1):
-            stem = f"model-{i:05}-of-{len(groups):05}"
-            part = folder / f"{stem}.part"
-            write_tensors(part, group, {"format": "pt"}, numbers)
-            file = f"{stem}-{sha256(part)[:16]}.safetensors"
-            os.replace(part, folder / file)
-            places |= dict.fromkeys(group, file)
-        index = json.dumps({"metadata": about, "weight_map": places}, indent=1)
-        write_beside(folder / INDEX, index.encode())
-        (folder / MODEL).unlink(missing_ok=True)  # it would be read first
-        write_beside(folder / "config.json", config.encode())
-        remove_shards(folder, keep=set(places.values()))
+    with writing(folder):
+        try:
+            for i, group in enumerate(groups, start=1):
+                copies = {name: copied(tensor) for name, tensor in group.items()}
+                data = save(copies, {"format": "pt"})
+                stem = f"model-{i:05}-of-{len(groups):05}"
+                file = f"{stem}-{sha256(data)[:16]}.safetensors"
+                write_beside(folder / file, data)
+                places |= dict.fromkeys(group, file)
+            index = json.dumps({"metadata": about, "weight_map": places}, indent=1)
+            write_beside(folder / INDEX, index.encode())
+            (folder / MODEL).unlink(missing_ok=True)  # it would be read first
+            write_beside(folder / "config.json", config.encode())
+        finally:
+            remove_shards(folder)  # the old ones, or after a failure the new ones
 
 
 def scan(path: Path) -> tuple[dict, dict]:
@@ -263,7 +216,7 @@ def scan_folder(folder: Path) -> tuple[dict, dict]:
 
     Raises WeightsError when there are none, naming what is there instead.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise WeightsError(f"{folder} has no {MODEL}; there is no such folder here")
     if (folder / MODEL).is_dir():
         raise WeightsError(f"{folder / MODEL} is a folder; it must be a file")
@@ -300,6 +253,15 @@ class Stored(Mapping):
         return len(self.names)
 
 
+# torch's types of a model's numbers -> the format's words for them
+FLOATS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
 def check_tensors(folder: Path, wanted: dict, found: dict) -> None:
     """Raise WeightsError unless exactly the wanted shapes are found, as plain floats.
 
@@ -313,7 +275,7 @@ def check_tensors(folder: Path, wanted: dict, found: dict) -> None:
                 f"{folder}: {name} is {shape}, expected {expected}; "
                 "its config is another model's"
             )
-        if dtype not in FLOATS:
+        if dtype not in FLOATS.values():
             raise WeightsError(
                 f"{folder}: {name} holds {dtype}; "
                 "it must be F64, F32, F16 or BF16, not quantised"
@@ -322,7 +284,7 @@ def check_tensors(folder: Path, wanted: dict, found: dict) -> None:
 
 def check_dtype(dtype) -> None:
     """Raise WeightsError for a type that no model's numbers have; None is fine."""
-    if dtype is not None and TYPES.get(dtype) not in FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         right = "torch.float32, float16, bfloat16, float64, or None for the file's own"
         raise WeightsError(f"dtype is {dtype!r}; it must be {right}")
 
@@ -343,23 +305,20 @@ def impatient(seconds: float = 7, tries: int = 2) -> Iterator[None]:
     """
     from huggingface_hub.utils import get_session  # reading folders needs no hub
 
-    asked, hooks = {}, get_session().event_hooks
+    asked, hooks = Counter(), get_session().event_hooks
     seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", seconds))
+    place = lambda asks: (asks.method, str(asks.url), asks.headers.get("range"))
 
     def limit(request):
-        place = request.method, str(request.url)
-        start = re.findall(r"\d+", request.headers.get("range", "0"))[0]
-        furthest, times = asked.get(place, (-1, 0))
-        times = 1 if int(start) > furthest else times + 1
-        asked[place] = max(int(start), furthest), times
-        if times > tries:
+        asked[place(request)] += 1
+        if asked[place(request)] > tries:
             raise TimeoutError(f"{request.url} stays silent")
         kinds = ("connect", "read", "write", "pool")
         request.extensions["timeout"] = dict.fromkeys(kinds, seconds)
 
     def forgive(response):  # an error is an answer; how often to ask is the client's
         if response.status_code >= 400:
-            asked.pop((response.request.method, str(response.request.url)), None)
+            asked[place(response.request)] = 0
 
     hooks["request"].append(limit)
     hooks["response"].append(forgive)
@@ -403,7 +362,7 @@ def find_on_hub(name: str, check: Callable[[Path], object]) -> Path:
 
 def as_path(path: str | Path) -> Path:
     """A text or a path as a Path, ~ being one's home. Raises WeightsError."""
-    if not isinstance(path, str | os.PathLike) or path == "":
+    if not isinstance(path, str | os.PathLike) or path == "" or "\0" in str(path):
         raise WeightsError(f"{path!r} is no path; give the path of a folder, as text")
     if "://" in str(path):
         raise WeightsError(f"{path} is an address; give a folder, or owner/name")
@@ -416,31 +375,24 @@ def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Pa
     check: see find_on_hub. Raises WeightsError.
     """
     folder, name = as_path(path_or_name), str(path_or_name)
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise WeightsError(f"{folder} is a file; give the folder that it lies in")
     is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
-    if folder.is_dir() or isinstance(path_or_name, os.PathLike) or not is_name:
+    if os.path.isdir(folder) or isinstance(path_or_name, os.PathLike) or not is_name:
         return folder
     return find_on_hub(name, check)
 
 
 class NoDice(TorchFunctionMode):
-    """Meanwhile layers are made without rolling the dice for their first numbers."""
+    """Meanwhile layers are made without rolling the dice for their first numbers.
+
+    On meta the dice have no numbers, but torch reads 800 modules to roll them.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", "") == nn.init.__name__:
             return kwargs["tensor"]
         return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Meanwhile a module is made of shapes, on the device meta.
-
-    The dice of meta have no numbers, but torch reads 800 modules to roll them.
-    """
-    with torch.device("meta"), NoDice():
-        yield
 
 
 # what torch.compile, DistributedDataParallel and others put into names
@@ -483,10 +435,10 @@ def check_same(module: nn.Module, twin: nn.Module) -> None:
             )
     for name, t in tensors.items():
         plain = type(t) is torch.Tensor and t.layout == torch.strided and not t.is_meta
-        if not plain or TYPES.get(t.dtype) not in FLOATS:
+        if not plain or t.dtype not in FLOATS:
             raise WeightsError(
                 f"{name} holds {type(t).__name__} of {t.dtype} on {t.device}; "
-                f"a file holds plain numbers of type {', '.join(FLOATS)}"
+                f"a file holds plain numbers of type {', '.join(FLOATS.values())}"
             )
 
 

@@ -11,17 +11,18 @@ import torch
 from torch import nn
 
 from gpt3lib.files import (
+    NoDice,
     Stored,
     WeightsError,
     as_path,
     check_dtype,
     check_same,
     check_tensors,
+    copied,
     find_folder,
     is_whole,
     parse,
     scan_folder,
-    shapes_only,
     unwrapped,
     write_folder,
     write_shards,
@@ -168,16 +169,14 @@ def turn(layout: Layout, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.T if name.endswith(layout.turned) else tensor
 
 
-def joined(layout: Layout, name: str, own: list[str], ours: dict) -> torch.Tensor:
-    """One tensor as it is stored: some of ours, one below the other, then turned."""
-    one = ours[own[0]] if len(own) == 1 else torch.cat([ours[part] for part in own])
-    return turn(layout, name, one).contiguous()
-
-
 def to_theirs(layout: Layout, n_layers: int, ours: dict) -> dict[str, torch.Tensor]:
     """Our tensors under their names, without prefix, as they are stored."""
-    table = pairs(layout, n_layers, ours)
-    return {name: joined(layout, name, own, ours) for name, own in table.items()}
+    theirs = {}
+    for name, own in pairs(layout, n_layers, ours).items():
+        parts = [ours[part] for part in own]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        theirs[name] = turn(layout, name, whole)
+    return theirs
 
 
 def to_ours(layout: Layout, n_layers: int, names, theirs, dtype=None) -> dict:
@@ -185,22 +184,18 @@ def to_ours(layout: Layout, n_layers: int, names, theirs, dtype=None) -> dict:
     ours = {}
     for name, own in pairs(layout, n_layers, names).items():
         parts = turn(layout, name, theirs[name]).chunk(len(own))
-        for part, tensor in zip(own, parts):
-            whole = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
-            ours[part] = whole.copy_(tensor)
+        ours |= {part: copied(tensor, dtype) for part, tensor in zip(own, parts)}
     return ours
 
 
-def stored_shapes(layout: Layout, table: dict, ours: dict) -> dict[str, torch.Tensor]:
-    """What joined would make of each line of pairs, as shapes on the device meta."""
-    found = {}
-    for name, own in table.items():
-        parts = [ours[part] for part in own]
-        shape = sum(len(part) for part in parts), *parts[0].shape[1:]
-        dtype = functools.reduce(torch.promote_types, [t.dtype for t in parts])
-        one = torch.empty(shape, dtype=dtype, device="meta")
-        found[name] = turn(layout, name, one)
-    return found
+def stored_shapes(layout: Layout, n_layers: int, ours: dict) -> dict[str, tuple]:
+    """The shapes of what to_theirs makes, without a number."""
+    shapes = {}
+    for name, own in pairs(layout, n_layers, ours).items():
+        rows, *width = ours[own[0]].shape
+        shape = (rows * len(own), *width)
+        shapes[name] = shape[::-1] if name.endswith(layout.turned) else shape
+    return shapes
 
 
 LAYOUTS["gpt_neo"] = Layout(
@@ -376,7 +371,7 @@ def extras(layout: Layout, raw: dict) -> dict:
 def find_tensors(folder: Path, layout: Layout, found: dict, wanted: dict) -> Stored:
     """The wanted tensors of a folder, without prefix, to be read. Raises WeightsError.
 
-    found: what scan_folder finds; wanted: name -> tensor of the right shape.
+    found: what scan_folder finds; wanted: name -> the right shape.
     """
     bare = {unwrapped(name): name for name in found}
     if len(bare) < len(found):  # two names for one tensor: one of them is too much
@@ -387,7 +382,7 @@ def find_tensors(folder: Path, layout: Layout, found: dict, wanted: dict) -> Sto
     names = {name: prefix + name for name in wanted}
     if HEAD in bare and names[table] not in bare:
         names[table] = HEAD  # of two names for one table some programs keep this one
-    shapes = {names[name]: tuple(tensor.shape) for name, tensor in wanted.items()}
+    shapes = {names[name]: shape for name, shape in wanted.items()}
     kept = [n for n in bare if n in shapes or n != HEAD and not n.endswith(MASKS)]
     check_tensors(folder, shapes, {name: found[bare[name]] for name in kept})
     stored = Stored(found, bare)
@@ -414,11 +409,10 @@ def read_pretrained(path_or_name: str | Path, dtype=torch.float32) -> GPT:
     folder = find_folder(path_or_name, check=lambda folder: find_config(folder, {}))
     found, about = scan_folder(folder)
     kind, config, more = find_config(folder, about)
-    with shapes_only():
+    with torch.device("meta"), NoDice():
         model = make_model(config)
     layout, state, n = LAYOUTS[kind], model.state_dict(), config.n_layers
-    wanted = stored_shapes(layout, pairs(layout, n, state), state)
-    theirs = find_tensors(folder, layout, found, wanted)
+    theirs = find_tensors(folder, layout, found, stored_shapes(layout, n, state))
     model.load_state_dict(to_ours(layout, n, state, theirs, dtype), assign=True)
     model.extras = more
     return model.eval()
@@ -469,27 +463,23 @@ def write_pretrained(model: GPT, path: str | Path, shard_bytes: int | None = Non
     """
     folder, config = as_path(path), getattr(model, "config", None)
     if not isinstance(config, GPTConfig):
-        raise WeightsError(
-            f"a {type(model).__name__} is no GPT; save the GPT inside it"
-        )
-    with shapes_only():
+        raise WeightsError(f"a {type(model).__name__} is no GPT; save the GPT in it")
+    with torch.device("meta"), NoDice():
         twin = make_model(config)
     check_same(model, twin)
     state = {unwrapped(name): t for name, t in model.state_dict().items()}
     kind, more = layout_for(config), getattr(model, "extras", {})
-    layout, table = LAYOUTS[kind], pairs(LAYOUTS[kind], config.n_layers, state)
-    table = {layout.prefixes[0] + name: own for name, own in table.items()}
-    named = stored_shapes(layout, table, state)
-    numbers = lambda name: joined(layout, name, table[name], state)
+    theirs = to_theirs(LAYOUTS[kind], config.n_layers, state)
+    named = {LAYOUTS[kind].prefixes[0] + name: t for name, t in theirs.items()}
     # the metadata tell our config, so that reading gives back the very same
     about = {"format": "pt", "layout": kind, "config": json.dumps(asdict(config))}
     about |= {"extras": json.dumps(more)} if more else {}
-    dtype = functools.reduce(torch.promote_types, [t.dtype for t in named.values()])
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in state.values()])
     text = json.dumps(config_for(kind, config, dtype, more), indent=1) + "\n"
     if shard_bytes is None:
-        write_folder(folder, named, about, text, numbers)
+        write_folder(folder, named, about, text)
     else:
-        write_shards(folder, named, about, text, shard_bytes, numbers)
+        write_shards(folder, named, about, text, shard_bytes)
 
 
 FORMATS.update(read=read_pretrained, write=write_pretrained)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gpt3lib import files
@@ -21,6 +22,8 @@ from gpt3lib.files import (
     MODEL,
     Stored,
     WeightsError,
+    beside,
+    copied,
     find_folder,
     is_whole,
     pick_device,
@@ -31,7 +34,6 @@ from gpt3lib.files import (
     write_beside,
     write_folder,
     write_shards,
-    write_tensors,
 )
 from mortal import Mortal
 
@@ -149,10 +151,12 @@ def test_a_file_is_eight_bytes_a_header_and_numbers(tmp_path):
     assert len(raw) == 8 + length + 24 + 20 + 32
 
 
-def test_others_may_read_the_file_if_they_may_read_its_neighbour(tmp_path):
-    write_folder(tmp_path, NUMBERS, {}, "{}")
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("config.json", MODEL)}
-    assert len(modes) == 1
+@pytest.mark.parametrize("way", ["single", "shards"])
+def test_others_may_read_the_file_if_they_may_read_its_neighbour(tmp_path, way):
+    put(tmp_path, NUMBERS, {}, "{}", way)
+    (tmp_path / "another").write_bytes(b"")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1 and len(listing(tmp_path)) > 2
 
 
 def test_scanning_tells_shapes_and_types(tmp_path):
@@ -189,12 +193,21 @@ def test_no_tensors_make_no_shards():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float64])
-def test_our_writer_writes_what_safetensors_reads(tmp_path, dtype):
-    tensors = {"é": torch.arange(6).to(dtype).view(2, 3).T, "0": torch.ones((), dtype=dtype), "e": torch.ones(0, 2)}
-    write_tensors(tmp_path / "x", tensors, {})
-    assert same(load_file(tmp_path / "x"), tensors)
-    write_tensors(tmp_path / "y", {n: t.to("meta") for n, t in tensors.items()}, {}, tensors.get)
-    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+@pytest.mark.parametrize("way", ["single", "shards"])
+def test_turned_empty_and_shared_tensors_come_back(tmp_path, dtype, way):
+    whole = torch.arange(12).to(dtype)
+    tensors = {"é": whole.view(4, 3).T, "0": torch.ones((), dtype=dtype), "e": torch.ones(0, 2), "part": whole[2:5]}
+    put(tmp_path, tensors | {"again": whole}, {}, "{}", way)
+    assert same(get(tmp_path)[0], tensors | {"again": whole})
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_copy_lies_in_one_piece_of_its_own(dtype):
+    turned = torch.arange(6.0).view(2, 3).T
+    copy = copied(turned, dtype)
+    assert copy.is_contiguous() and copy.dtype == (dtype or torch.float32) and torch.equal(copy, turned.to(copy.dtype))
+    copy.zero_()
+    assert turned.sum() == 15
 
 
 @pytest.mark.parametrize("way", ["single", "shards"])
@@ -205,13 +218,19 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatc
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     calls = iter([True])
 
-    def full(*arguments):
-        if way == "shards" and next(calls, False):
-            return write_tensors(*arguments)  # the second shard finds no room
-        arguments[0].write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def full_file(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(files, "write_tensors", full)
+    def full(path, data):
+        if next(calls, False):
+            return write_beside(path, data)  # the second shard finds no room
+        with beside(path) as part:
+            part.write_bytes(data[:4])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full_file)
+    monkeypatch.setattr(files, "write_beside", full)
     message = complaint(put, tmp_path, others(), {"who": "they"}, "new", way)
     assert message.startswith(f"{tmp_path} cannot be written (") and "No space left" in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -229,7 +248,39 @@ def test_a_path_that_is_no_folder(tmp_path, way):
     assert (tmp_path / "z" / MODEL).is_dir() and not list((tmp_path / "z").glob("*.part"))
 
 
-@pytest.mark.parametrize("path", [None, b"x", 3, "", ["x"]])
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from gpt3lib.files import write_folder, write_shards
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+tensors = {"a": torch.ones(5000), "b": torch.ones(20_000)}
+for write in (lambda *a: write_folder(*a), lambda *a: write_shards(*a, 30_000)):
+    try:
+        write(Path(sys.argv[1]), tensors, {}, "{}")
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there can a process forbid itself large files")
+def test_a_limit_that_the_system_sets(tmp_path):
+    """No stand-in: safetensors and the system themselves refuse the second tensor."""
+    put(tmp_path, NUMBERS, {}, "old", "single")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
+    assert run.stdout.count(f"WeightsError {tmp_path} cannot be written (") == 2 == run.stdout.count("File too large")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("path", ["/".join(["x" * 99] * 50), "x" * 300])
+@pytest.mark.parametrize("way", ["single", "shards"])
+def test_paths_that_are_too_long(tmp_path, way, path):
+    assert "cannot be written (" in complaint(put, tmp_path / path, NUMBERS, {}, "{}", way)
+    assert "there is no such folder here" in complaint(scan_folder, find_folder(tmp_path / path, print))
+    assert listing(tmp_path) in ([], ["x" * 99])  # folders on the way are made one by one
+
+
+@pytest.mark.parametrize("path", [None, b"x", 3, "", ["x"], "x\0y"])
 def test_what_is_no_path(path):
     assert complaint(find_folder, path, print) == f"{path!r} is no path; give the path of a folder, as text"
 
@@ -274,7 +325,7 @@ def test_killed_anywhere_the_folder_is_old_or_new(tmp_path, monkeypatch, before,
             put(folder, NUMBERS, {"config": "old"}, "old", before)
         mortal = Mortal(calls).wrap
         with monkeypatch.context() as patch:
-            for home, name in ((os, "replace"), (os, "unlink"), (Path, "write_bytes"), (files, "write_tensors")):
+            for home, name in ((os, "replace"), (os, "unlink"), (Path, "write_bytes"), (files, "save_file")):
                 patch.setattr(home, name, mortal(getattr(home, name)))
             try:
                 put(folder, others(), {"config": "new"}, "new", after)
