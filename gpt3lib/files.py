@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -301,13 +302,21 @@ def parse(text: str) -> dict:
 def impatient(seconds: float = 7, tries: int = 2) -> Iterator[None]:
     """Meanwhile the hub's client waits so long, and asks so often without progress.
 
-    HF_HUB_DOWNLOAD_TIMEOUT, its own variable, goes before seconds. Raises TimeoutError.
+    HF_HUB_DOWNLOAD_TIMEOUT, its own variable, goes before seconds. All threads that use
+    the client meanwhile are as impatient. Raises TimeoutError.
     """
     from huggingface_hub.utils import get_session  # reading folders needs no hub
 
     asked, hooks = Counter(), get_session().event_hooks
     seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", seconds))
-    place = lambda asks: (asks.method, str(asks.url), asks.headers.get("range"))
+    for name, value in {
+        "READ_TIMEOUT": f"{seconds:g}s",
+        "RETRY_MAX_ATTEMPTS": "1",
+    }.items():
+        os.environ.setdefault(f"HF_XET_CLIENT_{name}", value)  # its other client's
+
+    def place(asks):  # other threads may ask the same at the same time
+        return get_ident(), asks.method, str(asks.url), asks.headers.get("range")
 
     def limit(request):
         asked[place(request)] += 1

@@ -507,10 +507,23 @@ from gpt3lib.files import WeightsError, find_folder, impatient
 import huggingface_hub  # the client's own imports are no silence
 
 started = time.monotonic()
-try:
-    print(find_folder("gpt2", lambda folder: None).name == sha)
-except WeightsError as error:
-    print(error)
+answers = []
+
+
+def ask():
+    try:
+        answers.append(find_folder("gpt2", lambda folder: None).name == sha)
+    except WeightsError as error:
+        answers.append(error)
+
+
+# a healthy hub answers three who ask at once: each counts its own questions only
+askers = [threading.Thread(target=ask) for _ in range(3 if mode == "fine" else 1)]
+for asker in askers:
+    asker.start()
+for asker in askers:
+    asker.join()
+print(*set(answers))
 print(time.monotonic() - started)
 os._exit(0)
 """
