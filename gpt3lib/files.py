@@ -72,11 +72,11 @@ class WeightsError(ValueError):
 
 def remove_shards(folder: Path) -> None:
     """Remove the shards that no index in the folder names, and unfinished ones."""
-    index = folder / INDEX
-    text = index.read_text() if index.is_file() else "{}"
-    keep = set(json.loads(text).get("weight_map", {}).values())
-    for path in folder.glob("model-*-of-*.*"):
-        if path.suffix in (".safetensors", ".part") and path.name not in keep:
+    index = folder / INDEX  # it may be damaged, so its text is searched
+    text = index.read_text(errors="replace") if index.is_file() else ""
+    name = r"model-\d{5,}-of-\d{5,}(-[0-9a-f]{16})?\.safetensors(\.part)?"
+    for path in folder.glob("model-*"):
+        if re.fullmatch(name, path.name) and path.name not in text:
             os.unlink(path)
 
 
@@ -87,6 +87,9 @@ def writing(folder: Path) -> Iterator[None]:
         raise WeightsError(f"{folder} is a file; give a folder to write into")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", MODEL, INDEX):
+            if (folder / name).is_dir():
+                raise OSError(f"{name} is a folder")
         yield
     except (OSError, SafetensorError) as error:
         raise WeightsError(
@@ -185,7 +188,7 @@ def scan_shards(index: Path) -> tuple[dict, dict]:
         raw = json.loads(index.read_text())
         places, about = dict(raw["weight_map"]), dict(raw.get("metadata") or {})
         files = {Path(file).name: {} for file in places.values()}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise WeightsError(
             f"{index} is damaged ({error!r}); copy or save the model again"
         ) from error
@@ -268,14 +271,14 @@ def check_tensors(folder: Path, wanted: dict, found: dict) -> None:
 
     wanted: name in the file -> shape; found: name -> (file, shape, type).
     """
+    why = " in a GPT of this config"
+    if found and not wanted.keys() & found.keys():
+        why += f"; all names begin with {os.path.commonprefix([*found])!r}"
     for name in sorted(wanted | found):
         _, shape, dtype = found.get(name, (None, "missing", "F32"))
         expected = wanted.get(name, "no such tensor")
         if shape != expected:
-            raise WeightsError(
-                f"{folder}: {name} is {shape}, expected {expected}; "
-                "its config is another model's"
-            )
+            raise WeightsError(f"{folder}: {name} is {shape}, expected {expected}{why}")
         if dtype not in FLOATS.values():
             raise WeightsError(
                 f"{folder}: {name} holds {dtype}; "
@@ -375,7 +378,7 @@ def as_path(path: str | Path) -> Path:
         raise WeightsError(f"{path!r} is no path; give the path of a folder, as text")
     if "://" in str(path):
         raise WeightsError(f"{path} is an address; give a folder, or owner/name")
-    return Path(path).expanduser() if str(path).startswith("~/") else Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def find_folder(path_or_name: str | Path, check: Callable[[Path], object]) -> Path:
@@ -413,21 +416,29 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-SETTINGS = (bool, int, float, str, tuple)
+SETTINGS = (bool, int, float, str, tuple, type(None))
 # not settings: train or eval, and by which of two equal ways a layer computes
-PASSING = ("training", "how")
+PASSING = {"training", "how"}
+# by these our modules compute
+METHODS = ("forward", "hidden", "loss", "look", "heads", "unembed")
 
 
 def facts(module: nn.Module) -> dict[str, object]:
-    """The shapes of a module's tensors, the classes and settings of its parts."""
+    """The shapes of a module's tensors; classes, methods and settings of its parts."""
     state = module.state_dict().items()  # a quantised one holds more than tensors
-    told = {name: tuple(getattr(t, "shape", ())) for name, t in state}
+    told = {unwrapped(name): tuple(getattr(t, "shape", ())) for name, t in state}
+    told["number of tensors"] = len([*module.parameters(), *module.buffers()])
     for name, part in module.named_modules(remove_duplicate=False):
-        told |= {f"{name}.__class__": type(part).__name__} if name else {}
-        for key, value in vars(part).items():
-            if key[0] != "_" and key not in PASSING and type(value) in SETTINGS:
-                told[f"{name}.{key}".lstrip(".")] = value
-    return {unwrapped(name): fact for name, fact in told.items()}
+        kind, own, inside = type(part), vars(part), part._modules.keys()
+        if kind.__module__.startswith("torch.") and inside and inside <= WRAPPERS:
+            continue  # a wrapper: what is in it goes by its name
+        name = unwrapped(name)
+        known = {"__class__": kind} if name else {}  # the whole may have more methods
+        known |= {key: own.get(key, getattr(kind, key, None)) for key in METHODS}
+        known |= {k: v for k, v in own.items() if type(v) in SETTINGS and k[0] != "_"}
+        for key in sorted(known.keys() - PASSING):
+            told.setdefault(f"{name}.{key}".lstrip("."), known[key])
+    return told
 
 
 def check_same(module: nn.Module, twin: nn.Module) -> None:

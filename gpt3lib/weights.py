@@ -4,6 +4,7 @@ Cerebras-GPT."""
 # Made from book/24_real_weights.ipynb by tools/export.py; edit the chapter.
 import functools
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def check_raw(layout: "Layout", raw: dict) -> None:
                 f"{name} is {raw[name]!r}; it must be {right}, {times} × width"
             )
     bend = raw.get("activation_function", layout.activation)
-    if bend not in BENDS:
+    if bend not in list(BENDS):
         choice = ", ".join(BENDS)
         raise ValueError(f"activation_function is {bend!r}; there are {choice}")
 
@@ -284,17 +285,17 @@ d_ff        n_inner      intermediate_size        ffn_dim
 
 def our_kinds(raw: dict, n_layers: int) -> tuple[str, ...]:
     """GPT-Neo's kinds as the shortest tuple that repeats. Raises ValueError."""
-    layers = raw.get("attention_layers")
-    if raw.get("attention_types"):
-        layers = [k for kinds, times in raw["attention_types"] for k in kinds * times]
-    if not layers or len(layers) != n_layers or set(layers) - {"global", "local"}:
-        raise ValueError(
-            f"attention_types gives {layers}; "
-            f"it must give 'global' or 'local' to {n_layers} layers"
-        )
-    lengths = range(1, n_layers + 1)
-    n = next(n for n in lengths if layers == (layers[:n] * n_layers)[:n_layers])
-    return tuple("dense" if kind == "global" else "banded" for kind in layers[:n])
+    layers, types = raw.get("attention_layers"), raw.get("attention_types")
+    with suppress(TypeError, ValueError):
+        if types:
+            # no model is 1009 layers deep
+            layers = [k for kinds, times in types for k in kinds * min(times, 1009)]
+        if len(layers) == n_layers and not set(layers) - {"global", "local"}:
+            lengths = range(1, n_layers + 1)
+            n = next(n for n in lengths if layers == (layers[:n] * n_layers)[:n_layers])
+            return tuple("dense" if k == "global" else "banded" for k in layers[:n])
+    words = f"it must give 'global' or 'local' to {n_layers} layers"
+    raise ValueError(f"attention_types is {types}; {words}, as [[['global'], 2]] does")
 
 
 # the fields that OtherConfig adds, with GPT-3's values
@@ -336,14 +337,17 @@ def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig, dict]:
 
     Raises WeightsError.
     """
-    source = f"{folder / 'config.json'}"
+    path = source = folder / "config.json"
     try:
         if "config" in about:  # written by us, in one go with the tensors
             source = f"{folder}: the config among the tensors"
             kind = known(about.get("layout", "gpt3lib"))
             config = make_config(parse(about["config"]))
-            return kind, config, parse(about.get("extras", "{}"))
-        raw = parse(Path(source).read_text())
+            more = parse(about.get("extras", "{}"))
+            with suppress(ValueError, OSError, RecursionError):
+                more |= extras(LAYOUTS[kind], parse(path.read_text("utf-8-sig")))
+            return kind, config, more
+        raw = parse(path.read_text("utf-8-sig"))  # some editors begin with a mark
         if "model_type" not in raw and "d_model" not in raw:
             raise ValueError("it has no model_type; add gpt2, gpt_neo or opt to it")
         kind = known(raw.get("model_type", "gpt3lib"))
@@ -355,7 +359,7 @@ def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig, dict]:
             f"{folder} has no config.json, and its tensors carry no config; "
             "add the config.json that belongs to them"
         ) from None
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise WeightsError(f"{source}: {error}") from error
 
 
@@ -409,8 +413,13 @@ def read_pretrained(path_or_name: str | Path, dtype=torch.float32) -> GPT:
     folder = find_folder(path_or_name, check=lambda folder: find_config(folder, {}))
     found, about = scan_folder(folder)
     kind, config, more = find_config(folder, about)
-    with torch.device("meta"), NoDice():
-        model = make_model(config)
+    try:
+        if config.n_layers > len(found):
+            raise OverflowError("a layer has tensors")
+        with torch.device("meta"), NoDice():
+            model = make_model(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise WeightsError(f"{folder}: too few numbers for {config}") from error
     layout, state, n = LAYOUTS[kind], model.state_dict(), config.n_layers
     theirs = find_tensors(folder, layout, found, stored_shapes(layout, n, state))
     model.load_state_dict(to_ours(layout, n, state, theirs, dtype), assign=True)
@@ -426,10 +435,10 @@ def layout_for(config: GPTConfig) -> str:
     return next(kind for kind in fitting if dense or LAYOUTS[kind].banded)
 
 
-def config_for(kind: str, config: GPTConfig, dtype: torch.dtype, more: dict) -> dict:
+def config_for(kind: str, config: GPTConfig, dtype: torch.dtype, more) -> dict:
     """Our config as a config.json of this layout; more: extras of the model.
 
-    Without extras, a text ends with the last token, as in GPT-2; in OPT with token 2.
+    None: a text ends with the last token, be it padding, as in GPT-2; in OPT with 2.
     """
     if kind == "gpt3lib":
         return asdict(config)
@@ -443,7 +452,8 @@ def config_for(kind: str, config: GPTConfig, dtype: torch.dtype, more: dict) -> 
         "activation_function": bends[0],
         "tie_word_embeddings": True,
     }
-    raw |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    if more is None:
+        raw |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     raw |= {word: ours[name] for name, word in layout.words(FIELDS).items()}
     raw |= dict.fromkeys(layout.dropouts, 0.0)
     if layout.banded:
@@ -451,7 +461,7 @@ def config_for(kind: str, config: GPTConfig, dtype: torch.dtype, more: dict) -> 
         raw |= {"attention_types": [[kinds, 1]], "window_size": config.bandwidth}
     if "scaled" not in layout.fixed:
         raw["scale_attn_weights"] = ours["scaled"]
-    return raw | more
+    return raw | (more or {})
 
 
 def write_pretrained(model: GPT, path: str | Path, shard_bytes: int | None = None):
@@ -459,7 +469,7 @@ def write_pretrained(model: GPT, path: str | Path, shard_bytes: int | None = Non
 
     shard_bytes: if given, split the tensors into files of at most that size, larger
     tensors aside. A kill at any moment leaves a model that loads. Raises WeightsError,
-    before anything is written, for a model that would not be read back as it is.
+    before anything is written, if tensors, classes or settings are not the config's.
     """
     folder, config = as_path(path), getattr(model, "config", None)
     if not isinstance(config, GPTConfig):
@@ -468,7 +478,11 @@ def write_pretrained(model: GPT, path: str | Path, shard_bytes: int | None = Non
         twin = make_model(config)
     check_same(model, twin)
     state = {unwrapped(name): t for name, t in model.state_dict().items()}
-    kind, more = layout_for(config), getattr(model, "extras", {})
+    kind, more = layout_for(config), getattr(model, "extras", None)
+    try:
+        more = more if more is None else parse(json.dumps(more))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"extras {more!r} are no words for JSON: {error}") from error
     theirs = to_theirs(LAYOUTS[kind], config.n_layers, state)
     named = {LAYOUTS[kind].prefixes[0] + name: t for name, t in theirs.items()}
     # the metadata tell our config, so that reading gives back the very same

@@ -290,7 +290,9 @@ def test_addresses_and_ones_home(tmp_path, monkeypatch):
         assert complaint(find_folder, address, print) == f"{address} is an address; give a folder, or owner/name"
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x").mkdir()
-    assert find_folder("~/x", print) == tmp_path / "x"
+    assert find_folder("~/x", print) == tmp_path / "x" and find_folder("~", print) == tmp_path
+    assert find_folder("~root", print) == Path("~root").expanduser()
+    assert find_folder("~nobody-of-this-name", print) == Path("~nobody-of-this-name")
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "1GB", True, None])
@@ -352,9 +354,29 @@ def test_killed_anywhere_the_folder_is_old_or_new(tmp_path, monkeypatch, before,
 def test_a_file_of_ones_own_beside_the_model_stays(tmp_path):
     (tmp_path / "model-of-mine.safetensors").write_bytes(b"x")
     (tmp_path / "diary.txt").write_bytes(b"x")
+    (tmp_path / "model-of-my-wife-of-old.safetensors").write_bytes(b"x")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x")  # of a model that is no more
     write_shards(tmp_path, NUMBERS, {}, "{}", 60)
     write_folder(tmp_path, NUMBERS, {}, "{}")
-    assert listing(tmp_path) == ["config.json", "diary.txt", "model-of-mine.safetensors", MODEL]
+    own = ["model-of-mine.safetensors", "model-of-my-wife-of-old.safetensors"]
+    assert listing(tmp_path) == ["config.json", "diary.txt", *own, MODEL]
+
+
+@pytest.mark.parametrize("way", ["single", "shards"])
+@pytest.mark.parametrize("name", ["config.json", MODEL, INDEX])
+def test_a_folder_in_a_files_place(tmp_path, way, name):
+    (tmp_path / name).mkdir()
+    message = complaint(put, tmp_path, NUMBERS, {}, "{}", way)
+    assert f"cannot be written ({name} is a folder)" in message and listing(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x80", '{"weight_map": 3}'])
+def test_a_write_that_fails_over_a_damaged_index(tmp_path, monkeypatch, text):
+    (tmp_path / INDEX).write_bytes(text.encode("latin-1"))
+    monkeypatch.setattr(os, "replace", Mortal(1).wrap(os.replace))
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, NUMBERS, {}, "{}", 60)
+    assert listing(tmp_path) == [INDEX]
 
 
 # ---- what a folder can have wrong with it ----
