@@ -2,7 +2,6 @@
 
 # Made from book/09_cache.ipynb by tools/export.py; edit the chapter.
 import functools
-from types import MethodType
 
 import torch
 from torch import nn
@@ -11,13 +10,7 @@ from torch.nn import functional as F
 from gpt3lib.attention import CausalSelfAttention
 from gpt3lib.embeddings import ContextError, Embeddings
 from gpt3lib.files import is_whole
-from gpt3lib.generation import (
-    PromptError,
-    check_prompt,
-    check_settings,
-    choose,
-    last_logits,
-)
+from gpt3lib.generation import PromptError, check_call, choose, last_logits
 from gpt3lib.model import GPT, MLP, Block
 from gpt3lib.sparse_attention import BandedSelfAttention
 
@@ -137,42 +130,46 @@ class RingCache(LayerCache):
         return torch.arange(start, stop, device=self.keys.device) % self.n_slots
 
 
+# torch's parts that treat each track alone, whatever their numbers
+ALONE = (
+    *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity),
+    *(nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sequential, nn.ModuleList),
+)
+CALL = ("__call__", "_call_impl", "forward")
+SELF = (*CALL, "heads", "look")
+
 # the functions that a cache and OneStep rely on, as they are now
 OWN = {
     cls: {name: getattr(cls, name) for name in names}
-    for cls, names in (
-        (GPT, ["hidden"]),
-        (Embeddings, ["forward", "unembed"]),
-        (Block, ["forward"]),
-        (CausalSelfAttention, ["forward", "heads", "look"]),
-        (BandedSelfAttention, ["forward", "heads", "look"]),
-        (MLP, ["forward"]),
-    )
+    for cls, names in {
+        **dict.fromkeys((*ALONE, Block, MLP), CALL),
+        **dict.fromkeys((CausalSelfAttention, BandedSelfAttention), SELF),
+        Embeddings: (*CALL, "unembed"),
+        GPT: ("hidden",),
+    }.items()
 }
 
 
-def is_own(part, cls) -> bool:
-    """Whether a part still has its class's functions: not overridden, not exchanged."""
-    functions = OWN[cls].items()
-    return all(getattr(part, name, 0) == MethodType(f, part) for name, f in functions)
+def is_known(part) -> bool:
+    """Whether a part is of a class in OWN, on plain tensors, with nothing hung on it.
 
-
-def is_unhooked(part) -> bool:
-    """Whether calling a part is calling its class's forward."""
+    Also of a class of this library that is written with one, such as OPT's table, and a
+    GPT whose hidden is not another. What torch.compile wraps may be looked into.
+    """
+    cls = type(part)
+    wrapper = cls.__module__ == "torch._dynamo.eval_frame"
+    known = cls in OWN or wrapper or getattr(cls, "hidden", None) is GPT.hidden
+    if issubclass(cls, nn.Embedding) and cls.__call__ is nn.Embedding.__call__:
+        known = known or cls.forward.__module__.startswith("gpt3lib.")
+    exchanged = any(
+        callable(value) and name != "_compiled_call_impl" and not wrapper
+        for name, value in vars(part).items()
+    )
     return (
-        "forward" not in vars(part)
+        known
+        and not exchanged
         and not (part._forward_hooks or part._forward_pre_hooks)
         and not (part._backward_hooks or part._backward_pre_hooks)
-        and part._compiled_call_impl is None
-    )
-
-
-def is_untouched(part, cls) -> bool:
-    """Whether calling a part does what cls says and nothing else, on plain tensors."""
-    return (
-        type(part) is cls
-        and is_unhooked(part)
-        and (cls not in OWN or is_own(part, cls))
         and all(
             type(getattr(part, name, None)) in (nn.Parameter, torch.Tensor, type(None))
             for name in ("weight", "bias")
@@ -182,9 +179,9 @@ def is_untouched(part, cls) -> bool:
 
 def function_of(part):
     """The function inside a table or a GELU that is torch's own, else the part."""
-    if is_untouched(part, nn.Embedding) and part.max_norm is None:
+    if type(part) is nn.Embedding and part.max_norm is None:
         return functools.partial(F.embedding, weight=part.weight)
-    if is_untouched(part, nn.GELU):
+    if type(part) is nn.GELU:
         return functools.partial(F.gelu, approximate=part.approximate)
     return part
 
@@ -250,41 +247,50 @@ def uncompiled(part):
 
 
 def may_cache(model) -> bool:
-    """Whether tokens meet only in layers of GPT's own, of the kinds that config names.
+    """Whether tokens meet only in GPT's attention, of the kinds that config names.
 
-    All the rest, such as hooks, must treat each track alone; nobody can check that.
+    Then what is kept of the past stays right. Every part must be known, and no function
+    of a known class exchanged since this module was imported.
     """
     model, kinds = uncompiled(model), model.config.kinds
-    if not (is_own(model, GPT) and is_own(model.embeddings, Embeddings)):
+    if nn.modules.module._has_any_global_hook() or not all(
+        getattr(cls, name) is function
+        for cls, functions in OWN.items()
+        for name, function in functions.items()
+    ):
         return False
-    return len(model.blocks) == len(kinds) and all(
-        is_own(block, Block)
-        and type(block.attention) is KINDS[kind]
-        and is_own(block.attention, KINDS[kind])
-        and (kind == "dense" or block.attention.bandwidth == model.config.bandwidth)
-        for block, kind in zip(map(uncompiled, model.blocks), kinds)
+    blocks = [uncompiled(block) for block in model.blocks]
+    return (
+        all(map(is_known, model.modules()))
+        and type(model.embeddings) is Embeddings
+        and len(blocks) == len(kinds)
+        and all(
+            type(block) is Block
+            and type(block.attention) is KINDS[kind]
+            and (kind == "dense" or block.attention.bandwidth == model.config.bandwidth)
+            for block, kind in zip(blocks, kinds)
+        )
     )
 
 
 def is_plain(model) -> bool:
-    """Whether OneStep may go round the modules: each is as GPT makes it, untouched."""
-    if nn.modules.module._has_any_global_hook() or not may_cache(model):
+    """Whether OneStep may go round the modules: as GPT makes them, and not compiled."""
+    model = uncompiled(model)
+    if not may_cache(model) or torch.is_autocast_enabled(
+        model.embeddings.wte.weight.device.type
+    ):
         return False
-    if torch.is_autocast_enabled(model.embeddings.wte.weight.device.type):
-        return False
-    if not (is_unhooked(model.embeddings.wte) and is_unhooked(model.embeddings.wpe)):
-        return False
-    parts = [(model.embeddings, Embeddings), (model.ln_f, nn.LayerNorm)]
-    for block, kind in zip(model.blocks, model.config.kinds):
-        a, mlp = block.attention, block.mlp
-        parts += [(block, Block), (a, KINDS[kind]), (mlp, MLP)]
+    parts = [(model.ln_f, nn.LayerNorm)]
+    for block in model.blocks:
+        parts += [(block, Block), (block.mlp, MLP)]
         parts += [(ln, nn.LayerNorm) for ln in (block.ln_1, block.ln_2)]
-        if type(mlp) is MLP:
+        if type(block.mlp) is MLP:
+            a, mlp = block.attention, block.mlp
             linears = (a.wq, a.wk, a.wv, a.wo, mlp.up, mlp.down)
             parts += [(linear, nn.Linear) for linear in linears]
-            relu = type(mlp.activation) is nn.ReLU  # OPT's
-            parts.append((mlp.activation, nn.ReLU if relu else nn.GELU))
-    return all(is_untouched(part, cls) for part, cls in parts)
+    return all(type(part) is cls for part, cls in parts) and not any(
+        part._compiled_call_impl for part in model.modules()
+    )
 
 
 class Reader:
@@ -296,9 +302,9 @@ class Reader:
     def __init__(self, model, n_slots: int):
         self.model, self.n_ctx = model, model.config.n_ctx
         self.cache = KVCache(model.config, min(self.n_ctx, n_slots))
-        self.cached = may_cache(model)
-        through_modules = functools.partial(last_logits, model)
-        self.one_step = OneStep(model) if is_plain(model) else through_modules
+        plain, through_modules = is_plain(model), functools.partial(last_logits, model)
+        self.cached = plain or may_cache(model)
+        self.one_step = OneStep(model) if plain else through_modules
 
     @torch.no_grad()  # OneStep goes further: its logits can never be used in training
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -330,7 +336,7 @@ def stream(read, tokens, max_new_tokens, temperature, top_k, top_p, generator, s
     """
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     stop = None if stop is None else int(stop)  # numpy's too
-    for _ in range(max_new_tokens):
+    for _ in range(int(max_new_tokens)):
         chosen = choose(read(tokens), temperature, top_k, top_p, generator)  # (B,)
         if stop is not None:
             chosen = torch.where(done, stop, chosen)
@@ -355,9 +361,10 @@ def generate(
 
     temperature=0 is greedy. stop: an id that ends a text; ended texts go on with it
     until all have ended, so fewer columns may come back. Beyond n_ctx the window slides
-    and each step reads all of it: tokens change tracks, the cache is worthless. It is
-    also left out for a model that may_cache refuses. Ids come back as int64. Raises
-    PromptError, ContextError or TokenError before any work.
+    and each step reads all of it: tokens change tracks, the cache is worthless. So does
+    each step of a model with hooks or parts of another kind (may_cache): right, slow.
+    Ids come back as int64; a model with more rows than its tokenizer has ids may choose
+    one without a text. Raises PromptError, ContextError or TokenError before any work.
     """
     settings = (temperature, top_k, top_p, generator, stop)
     check_request(model, tokens, max_new_tokens, *settings)
@@ -371,25 +378,13 @@ def check_request(
     model, tokens, max_new_tokens, temperature, top_k, top_p, generator=None, stop=None
 ) -> None:
     """Everything that can be wrong with a call of generate, said before any work."""
-    check_prompt(model, tokens)
+    check_call(model, tokens, max_new_tokens, temperature, top_k, top_p, generator)
     n_ctx, vocab_size = model.config.n_ctx, model.config.vocab_size
     if tokens.shape[1] > n_ctx:
         raise ContextError(
             f"the prompt has {tokens.shape[1]} tokens, the context {n_ctx}; shorten it"
         )
-    if not is_whole(max_new_tokens, least=0):
-        raise PromptError(
-            f"max_new_tokens is {max_new_tokens!r}; "
-            "it must be 0 or more, a whole number"
-        )
     if stop is not None and not (is_whole(stop, least=0) and stop < vocab_size):
         raise PromptError(
             f"stop is {stop!r}; it must be one token id, 0 to {vocab_size - 1}"
         )
-    where = getattr(generator, "device", tokens.device)
-    if isinstance(where, torch.device) and where.type != tokens.device.type:
-        raise PromptError(
-            f"the generator is on {where.type}, the tokens on "
-            f"{tokens.device.type}; put both on one device"
-        )
-    check_settings(temperature, top_k, top_p, generator)

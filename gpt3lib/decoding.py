@@ -8,7 +8,13 @@ import torch
 
 from gpt3lib.cache import KVCache, Reader, check_request, stream
 from gpt3lib.files import is_whole
-from gpt3lib.generation import PromptError, check_logits, is_number, last_logits
+from gpt3lib.generation import (
+    PromptError,
+    as_float,
+    check_logits,
+    check_model,
+    last_logits,
+)
 from gpt3lib.sparse_attention import banded_mask
 
 
@@ -20,13 +26,17 @@ def as_list(items):
     return list(items) if several else None
 
 
+def is_id(value) -> bool:
+    """Whether a value is a whole number that fits into a tensor; -1 too."""
+    return is_whole(value, least=float("-inf")) and int(value).bit_length() < 64
+
+
 def check_prompts(prompts) -> list[list[int]]:
     """The prompts as lists. Raises PromptError for none, an empty one, or text."""
     prompts = as_list(prompts)
     rows = None if prompts is None else [as_list(ids) for ids in prompts]
     if rows is None or not all(
-        ids is not None and all(is_whole(i, least=float("-inf")) for i in ids)
-        for ids in rows
+        ids is not None and all(is_id(i) for i in ids) for ids in rows
     ):
         raise PromptError(
             "prompts must be a list of lists of ids; encode each text first"
@@ -53,7 +63,7 @@ def check_search(tokens: torch.Tensor, width: int, length_penalty: float) -> Non
     if not is_whole(width):
         raise PromptError(f"width is {width!r}; at least 1 text must be kept")
     # a comparison with nan is false, so nan is refused too
-    if not (is_number(length_penalty) and 0 <= length_penalty < float("inf")):
+    if not 0 <= as_float(length_penalty) < float("inf"):
         raise PromptError(
             f"length_penalty is {length_penalty!r}; "
             "use 0 for none, or a positive number"
@@ -138,7 +148,7 @@ def write_on(
     in generate; errors come at the call, before any piece.
     """
     check_tokenizer(tokenizer)
-    home = model.embeddings.wte.weight.device
+    home = check_model(model).device
     ids = tokenizer.encode(prompt)
     tokens = torch.tensor([ids], dtype=torch.int64).to(home)
     settings = (temperature, top_k, top_p, generator, stop)
@@ -154,8 +164,11 @@ def write_on(
 
 
 def penalise(log_probability: float, n_tokens: int, alpha: float) -> float:
-    """The score log p / ((5 + n) / 6) ** alpha ([W16] eq. 14, without coverage)."""
-    return log_probability / ((5 + n_tokens) / 6) ** alpha
+    """The score log p / ((5 + n) / 6) ** alpha ([W16] eq. 14, without coverage).
+
+    No token counts as one. As a product it cannot overflow, whatever alpha is.
+    """
+    return log_probability * (max(5 + n_tokens, 6) / 6) ** -alpha
 
 
 @torch.no_grad()
@@ -170,7 +183,8 @@ def beam_search(model, tokens, max_new_tokens, width=4, length_penalty=0.6, stop
     check_request(model, tokens, max_new_tokens, 0, None, None, stop=stop)
     check_search(tokens, width, length_penalty)
     n_prompt, n, width = tokens.shape[1], 0, int(width)
-    read = Reader(model, n_prompt + int(max_new_tokens))
+    max_new_tokens, length_penalty = int(max_new_tokens), float(length_penalty)
+    read = Reader(model, n_prompt + max_new_tokens)
     live = torch.zeros(1, device=tokens.device)  # (beams,) log p
     finished = []  # (score, new ids)
     while n < max_new_tokens and len(live):
@@ -300,7 +314,7 @@ def generate_many(
     then change places; in bfloat16 many are. The stop is not returned. Other arguments
     and errors as in generate.
     """
-    home = model.embeddings.wte.weight.device
+    home = check_model(model).device
     tokens, pad = (tensor.to(home) for tensor in pad_left(prompts))
     settings = (temperature, top_k, top_p, generator, stop)
     check_request(model, tokens, max_new_tokens, *settings)

@@ -14,15 +14,22 @@ class PromptError(ValueError):
     """A prompt without a token, or a sampling setting that leaves nothing to sample."""
 
 
-def is_number(value) -> bool:
-    """Whether a value is a real number, Python's or numpy's, and no bool."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def as_float(value) -> float:
+    """A real number, Python's or numpy's, as a float; nan for all else, and for bools.
+
+    A number that is too large for a float is nan too.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        return float(value if real else "nan")
+    except OverflowError:
+        return float("nan")
 
 
 def check_settings(temperature, top_k, top_p, generator=None) -> None:
     """Raise PromptError unless something is left to choose from, and a die for it."""
     # a comparison with nan is false, so nan is refused too
-    if not (is_number(temperature) and 0 <= temperature < float("inf")):
+    if not 0 <= as_float(temperature) < float("inf"):
         raise PromptError(
             f"temperature is {temperature!r}; use 0 for greedy, or a positive number"
         )
@@ -30,7 +37,7 @@ def check_settings(temperature, top_k, top_p, generator=None) -> None:
         raise PromptError(
             f"top_k is {top_k!r}; at least 1 token must stay, a whole number"
         )
-    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+    if top_p is not None and not 0 < as_float(top_p) <= 1:
         raise PromptError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise PromptError(
@@ -39,10 +46,35 @@ def check_settings(temperature, top_k, top_p, generator=None) -> None:
         )
 
 
+def check_model(model) -> torch.Tensor:
+    """The token table of a model. Raises PromptError for one that cannot read."""
+    try:
+        table, wpe = model.embeddings.wte.weight, model.embeddings.wpe
+        vocab_size, n_ctx = model.config.vocab_size, model.config.n_ctx
+    except AttributeError:
+        kind = type(model).__name__
+        raise PromptError(f"the model is a {kind}; it must be a GPT") from None
+    if len(table) != vocab_size:
+        raise PromptError(
+            f"the model's token table has {len(table)} rows, its config says "
+            f"vocab_size = {vocab_size}; make them equal"
+        )
+    n_rows = len(getattr(wpe, "weight", range(n_ctx))) - getattr(wpe, "offset", 0)
+    if n_rows < n_ctx:
+        raise PromptError(
+            f"the model's position table has {n_rows} rows, its config says "
+            f"n_ctx = {n_ctx}; every track needs one"
+        )
+    if table.is_meta:
+        raise PromptError(
+            "the model is on the meta device and has no numbers; load its weights first"
+        )
+    return table
+
+
 def check_prompt(model, tokens) -> None:
     """Raise PromptError or TokenError unless the model can read on from the tokens."""
-    if not hasattr(model, "config") or not hasattr(model, "embeddings"):
-        raise PromptError(f"the model is a {type(model).__name__}; it must be a GPT")
+    table = check_model(model)
     is_tensor = isinstance(tokens, torch.Tensor)
     if not is_tensor or tokens.dim() != 2:
         kind = f"a {type(tokens).__name__}"
@@ -55,29 +87,41 @@ def check_prompt(model, tokens) -> None:
         raise PromptError(
             "the prompt is empty; start a text from nothing with the end-of-text token"
         )
-    table, vocab_size = model.embeddings.wte.weight, model.config.vocab_size
-    if len(table) != vocab_size:
-        raise PromptError(
-            f"the model's token table has {len(table)} rows, its config says "
-            f"vocab_size = {vocab_size}; make them equal"
-        )
-    if table.is_meta:
-        raise PromptError(
-            "the model is on the meta device and has no numbers; load its weights first"
-        )
     if tokens.device != table.device:
         raise PromptError(
             f"the tokens are on {tokens.device}, the model on {table.device}; "
             f"use tokens.to({str(table.device)!r})"
         )
-    check_tokens(tokens.cpu(), vocab_size)  # one look per request, on any device
+    check_tokens(tokens.cpu(), len(table))  # one look per request, on any device
+
+
+def check_call(
+    model, tokens, max_new_tokens, temperature, top_k, top_p, generator
+) -> None:
+    """Raise PromptError or TokenError for a text that cannot be written."""
+    check_prompt(model, tokens)
+    if not is_whole(max_new_tokens, least=0):
+        raise PromptError(
+            f"max_new_tokens is {max_new_tokens!r}; "
+            "it must be 0 or more, a whole number"
+        )
+    where = getattr(generator, "device", tokens.device)
+    if isinstance(where, torch.device) and where.type != tokens.device.type:
+        raise PromptError(
+            f"the generator is on {where.type}, the tokens on "
+            f"{tokens.device.type}; put both on one device"
+        )
+    check_settings(temperature, top_k, top_p, generator)
 
 
 def check_logits(logits: torch.Tensor) -> None:
     """Raise FloatingPointError for (B, vocab_size) logits that are no numbers.
 
-    Only on a CPU: an accelerator would have to wait while a number is read back.
+    Only on a CPU: an accelerator would have to wait while a number is read back. Raises
+    PromptError for a thing of another shape.
     """
+    if getattr(logits, "ndim", 0) != 2 or not isinstance(logits, torch.Tensor):
+        raise PromptError("logits must be a tensor (B, vocab_size), one row per text")
     if logits.device.type == "cpu" and not logits.amax(dim=-1).isfinite().all():
         raise FloatingPointError(
             "the model's logits are not finite; its weights are broken or it overflowed"
@@ -104,6 +148,7 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
     Ties with the k-th stay ([F18]).
     """
+    check_settings(1.0, k, None)
     kth = logits.topk(min(int(k), logits.shape[-1])).values[..., -1:]  # (..., 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
@@ -115,6 +160,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     stays; p = 1 keeps all. A sum within a millionth of p counts as p: float32 logits
     do not tell more.
     """
+    check_settings(1.0, None, p)
     if p >= 1:
         return logits  # a sum of thousands of floats may reach 1 too early
     values, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -136,8 +182,9 @@ def choose(
     for a wrong setting, FloatingPointError for logits that are no numbers.
     """
     check_settings(temperature, top_k, top_p, generator)
-    logits = logits.float()  # half-precision probabilities would not add up to 1
     check_logits(logits)
+    # half-precision probabilities would not add up to 1
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = scale(logits, temperature)
@@ -160,9 +207,9 @@ def generate_slowly(
 ):
     """(B, T) prompts -> (B, T + max_new_tokens); each token reads the text anew.
 
-    Raises PromptError or TokenError for a prompt that is none, and what choose raises.
+    Raises PromptError or TokenError before any work, FloatingPointError as choose does.
     """
-    check_prompt(model, tokens)
+    check_call(model, tokens, max_new_tokens, temperature, top_k, top_p, generator)
     for _ in range(max_new_tokens):
         seen = tokens[:, -model.config.n_ctx :]  # the oldest tokens fall out
         logits = last_logits(model, seen)

@@ -145,6 +145,7 @@ def test_prompts_of_one_length_need_no_mask(monkeypatch):
             for bad in ("a", [1.0], [True], 3, [[1]])
         ),
         (torch.zeros(1, 2), PromptError, "prompts must be a list of lists"),
+        ([[2**70]], PromptError, "prompts must be a list of lists"),
         ([[1], [-1]], TokenError, "token id -1"),
         ([[1], [23]], TokenError, "token id 23"),
         ([[1] * 9, [1]], ContextError, "the prompt has 9 tokens, the context 8"),
@@ -274,13 +275,13 @@ def test_portions_of_a_padded_prompt(model, size, t):
     assert caches[0].length == t
 
 
-def test_a_padded_prompt_is_read_in_portions_of_256_a_plain_one_at_once():
-    model, seen = lively(n_ctx=600), []
-    model.embeddings.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+def test_a_padded_prompt_is_read_in_portions_of_256_a_plain_one_at_once(monkeypatch):
+    model, seen, embed = lively(n_ctx=600), [], torch.nn.functional.embedding
+    monkeypatch.setattr(torch.nn.functional, "embedding", lambda *a: seen.append(a[0].shape[-1]) or embed(*a))
     tokens = torch.ones(1, 520, dtype=torch.int64)
     Reader(model, 600)(tokens)
     PaddedReader(model, 600, torch.tensor([1]))(tokens)
-    assert seen == [520, 256, 256, 8]
+    assert seen[::2] == seen[1::2] == [520, 256, 256, 8]
 
 
 @pytest.mark.parametrize("n", [0, 5, 12])
@@ -408,6 +409,26 @@ def test_ids_without_a_text_are_never_written(extra, way):
         assert generate(model, start, 20, temperature=0).max() >= n
     written = "".join(write_on(model, TOKENIZER, "the king", 20, **way, generator=dice(1)))
     assert written == "".join(write_on(small, TOKENIZER, "the king", 20, **way, generator=dice(1)))
+
+
+@pytest.mark.parametrize("none", [None, "gpt2", torch.nn.Linear(2, 2), GPT])
+def test_models_that_are_none(none):
+    message = f"the model is a {type(none).__name__}; it must be a GPT"
+    with pytest.raises(PromptError, match=message):
+        generate_many(none, [[1]], 2)
+    with pytest.raises(PromptError, match=message):
+        write_on(none, TOKENIZER, "the", 2)
+    with pytest.raises(PromptError, match=message):
+        beam_search(none, torch.tensor([[1]]), 2)
+
+
+def test_small_numbers_of_numpy_do_not_overflow():
+    model, start = lively(), torch.tensor([[1]])
+    right = beam_search(model, start, 255, 2, 1.0, stop=5)
+    assert beam_search(model, start, np.uint8(255), np.uint8(2), np.float16(1), np.uint8(5)) == right
+    texts, scores = beam_search(model, start, 9, 2, 1e308)  # a penalty that hides everything, not an overflow
+    assert len(texts) == 2 and scores == [0, 0]
+    assert beam_search(model, start, 0, 2, 1e308) == ([[]], [0])
 
 
 def test_numbers_of_numpy_in_searches():
@@ -584,6 +605,7 @@ def test_beams_of_broken_weights():
         *((torch.tensor([[1]]), {"width": bad}, PromptError, "width is ") for bad in (1.5, True, "4", None)),
         *((torch.tensor([[1]]), {"length_penalty": bad}, PromptError, "penalty is ") for bad in (None, "1", True)),
         (torch.tensor([[1]]), {"length_penalty": -0.1}, PromptError, "length_penalty is -0.1; use 0 for none"),
+        (torch.tensor([[1]]), {"length_penalty": 10**400}, PromptError, "length_penalty is 1000"),
         (torch.tensor([[1]]), {"length_penalty": math.nan}, PromptError, "length_penalty is nan"),
         (torch.tensor([[1]]), {"length_penalty": math.inf}, PromptError, "length_penalty is inf"),
         (torch.tensor([[1]]), {"stop": 23}, PromptError, "stop is 23; it must be one token id, 0 to 22"),

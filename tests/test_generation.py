@@ -288,6 +288,7 @@ def test_the_slow_loop_reads_the_whole_window_each_time():
 WRONG = [
     ({"temperature": -0.1}, "temperature is -0.1; use 0 for greedy, or a positive number"),
     ({"temperature": math.nan}, "temperature is nan"),
+    ({"temperature": 10**400}, "temperature is 1000"),
     ({"temperature": INF}, "temperature is inf"),
     ({"top_k": 0}, "top_k is 0; at least 1 token must stay"),
     ({"top_p": 0}, "top_p is 0; it must be above 0 and at most 1"),
@@ -333,6 +334,10 @@ def test_a_model_that_is_none():
     grown.embeddings.wte = torch.nn.Embedding(32, 8)
     with pytest.raises(PromptError, match="token table has 32 rows, its config says vocab_size = 23"):
         generate_slowly(grown, start, 2)
+    short = lively()
+    short.embeddings.wpe = torch.nn.Embedding(6, 8)
+    with pytest.raises(PromptError, match="position table has 6 rows, its config says n_ctx = 8"):
+        generate_slowly(short, start, 2)
 
 
 @pytest.mark.parametrize("named, message", WRONG)
@@ -342,8 +347,36 @@ def test_wrong_settings(named, message):
     with pytest.raises(PromptError, match=message):
         check_settings(**{"temperature": 1.0, "top_k": None, "top_p": None} | named)
     with pytest.raises(PromptError, match=message):
-        generate_slowly(lively(), torch.zeros(1, 3, dtype=torch.int64), 2, **named)
+        generate_slowly(lively(), torch.zeros(1, 3, dtype=torch.int64), 0, **named)  # even for no token
     assert issubclass(PromptError, ValueError)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.0, True, "2", None])
+def test_the_number_of_new_tokens_is_a_whole_number(wrong):
+    with pytest.raises(PromptError, match="max_new_tokens is .*; it must be 0 or more"):
+        generate_slowly(lively(), torch.tensor([[1]]), wrong)
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.0], torch.randn(4), torch.randn(1, 2, 4), np.zeros((1, 4)), None])
+def test_logits_that_are_none(wrong):
+    for temperature in (0, 1.0):
+        with pytest.raises(PromptError, match=r"logits must be a tensor \(B, vocab_size\)"):
+            choose(wrong, temperature)
+
+
+def test_the_knives_look_at_their_settings():
+    for knife, bad in ((keep_top_k, (0, 50.0, -1)), (keep_top_p, (0, math.nan, 1.5, "1"))):
+        for value in bad:
+            with pytest.raises(PromptError, match=f"top_. is {value!r}"):
+                knife(torch.randn(2, 5), value)
+
+
+def test_double_logits_stay_double():
+    logits = torch.tensor([[1e300, 1.0, -1e300]], dtype=torch.float64)
+    assert choose(logits, 0).tolist() == choose(logits, 1.0, generator=dice()).tolist() == [0]
+    assert choose(logits, 1.0, 2, 0.9).tolist() == [0]
+    near = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)  # one number in float32
+    assert choose(near, 0).tolist() == [1]
 
 
 def test_logits_on_a_device_are_not_read_back():
