@@ -8,16 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt3lib.embeddings import is_transformed
+from gpt3lib.embeddings import is_recorded, is_transformed
 
 
 def fused(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
-    """torch's fused kernel; under autocast on a CPU in float32, the faster backward."""
+    """torch's fused kernel; autocast on a CPU leaves it float32: a faster backward."""
     how = {"attn_mask": mask, "is_causal": causal, "scale": scale}
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        exact = torch.promote_types(q.dtype, torch.float32)  # float64 stays
         with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q, k, v, **how)
+            return fused(q.to(exact), k.to(exact), v.to(exact), mask, causal, scale)
     if any(map(is_transformed, (q, k, v))):  # no kernel knows vmap and jvp; products do
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, **how)
@@ -58,12 +58,16 @@ def attend_slowly(q, k, v, mask=None, scale: float | None = None) -> torch.Tenso
 
 
 def attend(q, k, v, mask=None, scale: float | None = None) -> torch.Tensor:
-    """attend_slowly through torch's fused kernel: it stores no (Tq, Tk) weights."""
+    """attend_slowly through torch's fused kernel: it stores no (Tq, Tk) weights.
+
+    The kernel has no second derivative on a CPU; `with sdpa_kernel(SDPBackend.MATH):`
+    (torch.nn.attention) takes one that has.
+    """
     n_queries, n_keys = q.shape[-2], k.shape[-2]
-    if mask is None and n_queries == n_keys:
+    if mask is None and n_queries == n_keys and not is_recorded():
         return fused(q, k, v, None, True, scale)
     # is_causal lines up the first query with the first key; ours are the last ones
-    if mask is None and n_queries > 1:
+    if mask is None and (n_queries > 1 or is_recorded()):
         mask = causal_mask(n_queries, n_keys, q.device)
     return fused(q, k, v, mask, False, scale)
 

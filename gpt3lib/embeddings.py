@@ -4,6 +4,7 @@ and the way back."""
 # Made from book/03_embeddings.ipynb by tools/export.py; edit the chapter.
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -15,17 +16,23 @@ class ContextError(ValueError):
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp …) has wrapped this tensor."""
+    """Whether a transform (vmap, grad, jvp …) has wrapped it, or it has a tangent."""
     if torch.compiler.is_compiling():
         return False
-    return torch.func.debug_unwrap(tensor) is not tensor
+    wrapped = torch.func.debug_unwrap(tensor) is not tensor
+    return wrapped or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_recorded() -> bool:
+    """Whether torch writes down the steps now, to take them for other sizes later."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def is_traced(tensor: torch.Tensor) -> bool:
     """Whether torch only follows what is done with a tensor: no numbers to look at.
 
     So it is under torch.compile, torch.export, torch.jit.trace, make_fx, the transforms
-    of torch.func, and FakeTensorMode.
+    of torch.func, forward_ad, and FakeTensorMode.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True

@@ -67,6 +67,29 @@ def check_targets(tokens: torch.Tensor, targets: torch.Tensor, vocab_size: int) 
         )
 
 
+def check_beginning(config: "GPTConfig", seed: int) -> None:
+    """Raise ConfigError unless a model can be made of these two."""
+    if not isinstance(config, GPTConfig):
+        raise ConfigError(
+            f"config is {config!r}; it must be a GPTConfig, such as "
+            "GPTConfig.from_name('gpt3-1m')"
+        )
+    if not is_whole(seed, -math.inf):
+        raise ConfigError(f"seed is {seed!r}; it must be a whole number")
+
+
+def check_table(table: torch.Tensor, vocab_size: int) -> None:
+    """Raise ConfigError unless the token table has a row for each id of the config."""
+    if table.shape[0] != vocab_size:
+        raise ConfigError(
+            f"the token table has {table.shape[0]} rows, but config.vocab_size is "
+            f"{vocab_size}; make them equal"
+        )
+
+
+NO_TARGET = -(2**63)  # torch would skip -100, its ignore_index; we skip nothing
+
+
 SIZES: dict[str, dict] = {}  # name -> fields of GPTConfig; the module `sizes` fills it
 
 
@@ -184,7 +207,8 @@ def loss_slowly(
     """(B, T, d_model), the token table, (B, T) ids -> loss, all logits at once."""
     logits = F.linear(h, wte).flatten(0, -2)  # (B · T, vocab_size)
     exact = torch.promote_types(logits.dtype, torch.float32)  # float16 adds badly
-    return F.cross_entropy(logits.to(exact), targets.flatten().long())
+    targets = targets.flatten().long()
+    return F.cross_entropy(logits.to(exact), targets, ignore_index=NO_TARGET)
 
 
 def cost_and_slope(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -257,7 +281,9 @@ class LossInPieces(torch.autograd.Function):
         if grads is None:  # handed over already
             grads = in_pieces(h, wte, targets, ctx.needs_input_grad)[1]
         share = above / len(h)
-        return *(g if g is None else g.mul_(share).to(h.dtype) for g in grads), None
+        # many at a time (is_grads_batched) have no storage, and do not fit into g
+        times = torch.Tensor.mul_ if torch._C._has_storage(share) else torch.mul
+        return *(g if g is None else times(g, share).to(h.dtype) for g in grads), None
 
 
 def chunked_loss(
@@ -284,6 +310,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
+        check_beginning(config, seed)
         self.config = config
         self.embeddings = Embeddings(config.vocab_size, config.n_ctx, config.d_model)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.kinds)
@@ -307,13 +334,17 @@ class GPT(nn.Module):
         return self.embeddings.unembed(self.hidden(tokens, past))
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats of (B, T) ids and targets. Raises TokenError."""
+        """Mean cross-entropy in nats of (B, T) ids and targets. Raises TokenError.
+
+        For second derivatives see attend.
+        """
         check_targets(tokens, targets, self.config.vocab_size)
         return chunked_loss(self.hidden(tokens), self.embeddings.wte.weight, targets)
 
     def check(self, tokens: torch.Tensor, past=None) -> None:
-        """Raise TokenError or ContextError unless the model can read these tokens."""
+        """Raise Token-, Config- or ContextError unless the model can read these."""
         check_tokens(tokens, self.config.vocab_size)
+        check_table(self.embeddings.wte.weight, self.config.vocab_size)
         before = 0 if past is None else past.length
         check_length(before + tokens.shape[1], self.config.n_ctx)
 

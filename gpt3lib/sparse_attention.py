@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gpt3lib.attention import CausalSelfAttention, attend, causal_mask
+from gpt3lib.embeddings import is_recorded
 from gpt3lib.files import is_whole
 
 
@@ -151,10 +152,12 @@ def attend_in_band(
     """(B, H, Tq, d), two (B, H, Tk, d) -> (B, H, Tq, d): i sees i - bandwidth + 1 … i.
 
     The queries are the last of the keys. scale: by default 1 / √d. how: a name in WAYS,
-    all equal, or "auto". Raises PatternError for any other, for a band without keys,
-    and for more queries than keys.
+    all equal, or "auto"; under torch.export and torch.jit.trace it is "mask". Raises
+    PatternError for any other, for a band without keys, and for more queries than keys.
     """
     check_band(q, k, bandwidth, how)
+    if is_recorded():  # the others cut by the sizes of today
+        how = "mask"
     if how == "auto" and bandwidth >= k.shape[2]:  # the band covers everything
         return attend(q, k, v, scale=scale)
     return WAYS[pick_way(q) if how == "auto" else how](q, k, v, bandwidth, scale)

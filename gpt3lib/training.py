@@ -37,10 +37,13 @@ def check_text(tokens: torch.Tensor, vocab_size: int | None = None) -> None:
     )
 
 
-def check_windows(tokens: torch.Tensor, n_ctx: int, n_windows: int = 1) -> None:
+def check_windows(
+    tokens: torch.Tensor, n_ctx: int, n_windows: int = 1
+) -> tuple[int, int]:
     """Raise TrainingError unless `tokens` holds a window: n_ctx inputs, and targets.
 
-    n_windows, how many of them are wanted, and n_ctx must be whole numbers from 1 on.
+    n_windows, how many of them are wanted, and n_ctx must be whole numbers from 1 on;
+    both come back as Python's, which never overflow.
     """
     check_text(tokens)
     for name, number in (("n_ctx", n_ctx), ("the number of windows", n_windows)):
@@ -53,16 +56,33 @@ def check_windows(tokens: torch.Tensor, n_ctx: int, n_windows: int = 1) -> None:
             f"{len(tokens)} tokens hold no window of {n_ctx} + 1; "
             "use a longer text or a smaller n_ctx"
         )
+    return int(n_ctx), int(n_windows)
 
 
-def check_seed(seed: int) -> None:
+def check_starts(starts: torch.Tensor, n_places: int) -> None:
+    """Raise TrainingError unless `starts` are places in 0 … n_places - 1."""
+    check_text(starts)
+    if len(starts) and not 0 <= starts.min() <= starts.max() < n_places:
+        raise TrainingError(
+            f"starts go from {starts.min()} to {starts.max()}; "
+            f"windows start at 0 to {n_places - 1}"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise TrainingError unless this can be trained: it has a config and a loss."""
+    if not hasattr(model, "config") or not hasattr(model, "loss"):
+        raise TrainingError(f"model is a {type(model).__name__}; it must be a GPT")
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
     """Raise TrainingError for a seed that is no whole number, or a gigantic one."""
     if not is_whole(seed, -(2**43)) or seed > 2**43:
-        raise TrainingError(f"seed is {seed!r}; choose a whole number of 12 digits")
+        raise TrainingError(f"{name} is {seed!r}; choose a whole number of 12 digits")
 
 
-def check_run(n_steps: int, batch_size: int, warmup: int, peak: float) -> None:
-    """Raise TrainingError for numbers of a run that make no sense."""
+def check_run(n_steps, batch_size, warmup, peak) -> tuple:
+    """The four as Python's numbers; TrainingError for what makes no sense."""
     if not is_whole(n_steps) or not is_whole(batch_size):
         raise TrainingError(
             f"n_steps is {n_steps!r} and batch_size {batch_size!r}; "
@@ -74,8 +94,24 @@ def check_run(n_steps: int, batch_size: int, warmup: int, peak: float) -> None:
             f"choose 0 to {n_steps}, a whole number"
         )
     is_number = isinstance(peak, numbers.Real) and not isinstance(peak, bool)
-    if not is_number or not 0 <= peak < math.inf:  # not so for nan
+    if not is_number or not 0 <= peak <= torch.finfo(torch.double).max:  # nan is not
         raise TrainingError(f"peak is {peak!r}; it must be a number, 0 or more")
+    return int(n_steps), int(batch_size), int(warmup), float(peak)
+
+
+def check_ways(on_step, bf16: bool) -> None:
+    """Raise TrainingError unless on_step can be called, or is None; bf16 is a bool."""
+    if on_step is not None and not callable(on_step):
+        raise TrainingError(f"on_step is {on_step!r}; it must be a function, or None")
+    if not isinstance(bf16, bool):
+        raise TrainingError(f"bf16 is {bf16!r}; it must be True or False")
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise TrainingError unless this turns texts into ids."""
+    if not hasattr(tokenizer, "to_tiktoken"):
+        kind = type(tokenizer).__name__
+        raise TrainingError(f"tokenizer is a {kind}; it must be a Tokenizer")
 
 
 def check_documents(documents: Iterable[str]) -> list[str]:
@@ -91,14 +127,21 @@ def check_documents(documents: Iterable[str]) -> list[str]:
     return documents
 
 
-def check_bigrams(validation: torch.Tensor, weight: float) -> None:
-    """Raise TrainingError when there is no pair to judge, or weight is no share."""
+def check_bigrams(train, validation, vocab_size: int, weight: float) -> None:
+    """Raise TrainingError or TokenError for what bigram_loss cannot count."""
+    if not is_whole(vocab_size) or vocab_size >= 2**31:
+        raise TrainingError(
+            f"vocab_size is {vocab_size!r}; it must be a whole number, 1 to 2**31 - 1"
+        )
+    for tokens in (train, validation):
+        check_text(tokens, vocab_size)
     if len(validation) < 2:
         raise TrainingError(
             f"{len(validation)} validation tokens hold no pair; 2 are the least"
         )
-    if not 0 <= weight <= 1:
-        raise TrainingError(f"weight is {weight}; it must be a share, 0 to 1")
+    is_number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight <= 1:
+        raise TrainingError(f"weight is {weight!r}; it must be a share, 0 to 1")
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
@@ -129,8 +172,9 @@ def pack(tokenizer, documents: Iterable[str]) -> torch.Tensor:
     """All documents as one long tensor of ids (int64), each after an end-of-text token.
 
     That is how GPT-3's training text was laid out ([B20] App. B). Raises TrainingError
-    for one text instead of a list of them.
+    for one text instead of a list of them, and for a tokenizer that is none.
     """
+    check_tokenizer(tokenizer)
     encode = tokenizer.to_tiktoken("packing").encode_ordinary
     ids = []
     for document in check_documents(documents):
@@ -155,9 +199,10 @@ def windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (B, n_ctx) of the windows at `starts` (B,).
 
-    A target is the next token. Raises TrainingError for a text without a window.
+    A target is the next token. Raises TrainingError for a text without such windows.
     """
-    check_windows(tokens, n_ctx, len(starts))
+    n_ctx, _ = check_windows(tokens, n_ctx)
+    check_starts(starts, len(tokens) - n_ctx)
     offsets = torch.arange(n_ctx + 1)
     chunk = tokens[starts[:, None] + offsets]  # (B, n_ctx + 1)
     return chunk[:, :-1], chunk[:, 1:]
@@ -169,8 +214,8 @@ def batch(tokens: torch.Tensor, batch_size: int, n_ctx: int, seed: int, step: in
     A pure function of (seed, step). Windows start anywhere, also twice in the same
     place. Raises TrainingError for a text without a window.
     """
-    check_windows(tokens, n_ctx, batch_size)
-    check_seed(seed)
+    n_ctx, batch_size = check_windows(tokens, n_ctx, batch_size)
+    check_seed(seed), check_seed(step, "step")
     dice = torch.Generator().manual_seed(int(seed) * 1_000_003 + int(step))
     starts = torch.randint(len(tokens) - n_ctx, (batch_size,), generator=dice)
     return windows(tokens, n_ctx, starts)
@@ -183,12 +228,12 @@ def bigram_loss(
 
     P(b | a) = weight · count(ab) / count(a·)
              + (1 - weight) · (count(b) + 1) / (N + vocab_size).
-    weight=0 counts single tokens only. Pairs are kept in a sorted list, so any
-    vocabulary fits into memory. Raises TrainingError for a validation text without a
-    pair, TokenError for an id that the vocabulary does not have.
+    weight=0 counts single tokens only. Pairs are kept in a sorted list: memory grows
+    with the text and the vocabulary, not with its square. Raises TrainingError for a
+    validation text without a pair, TokenError for an id that the vocabulary lacks.
     """
-    check_text(train, vocab_size), check_text(validation, vocab_size)
-    check_bigrams(validation, weight)
+    check_bigrams(train, validation, vocab_size, weight)
+    vocab_size = int(vocab_size)
     train, validation = train.long(), validation.long()
     single = torch.bincount(train, minlength=vocab_size).double()
     followed = torch.bincount(train[:-1], minlength=vocab_size).double()
@@ -238,14 +283,18 @@ def evaluate(model: nn.Module, tokens: torch.Tensor, n_windows: int = 32) -> flo
     The model is put into eval mode meanwhile; tokens go to its device by themselves.
     Raises TrainingError for a text without a window.
     """
-    n_ctx, was_training = model.config.n_ctx, model.training
-    check_windows(tokens, n_ctx, n_windows)
+    check_model(model)
+    n_ctx, n_windows = check_windows(tokens, model.config.n_ctx, n_windows)
     last = len(tokens) - n_ctx - 1
     starts = torch.arange(n_windows) * last // max(1, n_windows - 1)
     pairs = [part.split(8) for part in windows(tokens, n_ctx, starts)]
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
-    total = sum(loss_of(model, x, y).item() * len(x) for x, y in zip(*pairs))
-    model.train(was_training)
+    try:
+        total = sum(loss_of(model, x, y).item() * len(x) for x, y in zip(*pairs))
+    finally:
+        for part, mode in modes:
+            part.training = mode
     return total / n_windows
 
 
@@ -264,11 +313,12 @@ def train(
 
     on_step(step, loss), if given, is called after each update. bf16: matrix products
     in bfloat16; weights and their averages stay float32. Each batch goes to the model's
-    device. Raises TrainingError or TokenError, before any work for settings or ids that
-    make no sense, and at once when a loss or gradient is not finite.
+    device. At the end the model is in eval mode. Raises TrainingError or TokenError,
+    before any work for settings or ids that make no sense, and at once when a loss or
+    gradient is not finite.
     """
-    check_run(n_steps, batch_size, warmup, peak)
-    check_seed(seed)
+    n_steps, batch_size, warmup, peak = check_run(n_steps, batch_size, warmup, peak)
+    check_ways(on_step, bf16), check_seed(seed), check_model(model)
     check_windows(tokens, model.config.n_ctx)
     check_text(tokens, model.config.vocab_size)
     optimizer = make_optimizer(model)

@@ -316,3 +316,13 @@ def test_flops_equal_torchs_own_count(d_model, n_heads, T):
     with FlopCounterMode(display=False) as counter:
         attend_slowly(q, q, q)
     assert counter.get_total_flops() == counted["scores and mix"]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("example", [(1, 1), (1, 5), (3, 3), (3, 5)])
+def test_traced_attention_holds_for_other_sizes(example):
+    q, k = normal(1, 2, 9, 4), normal(1, 2, 9, 4, seed=1)
+    traced = torch.jit.trace(attend, (q[:, :, : example[0]], *[k[:, :, : example[1]]] * 2), check_trace=False)
+    for queries, keys in ((1, 1), (1, 5), (3, 3), (3, 9), (9, 9)):
+        now = q[:, :, :queries], k[:, :, :keys], k[:, :, :keys]
+        torch.testing.assert_close(traced(*now), attend_slowly(*now))

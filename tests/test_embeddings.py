@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from gpt3lib.embeddings import ContextError, Embeddings, check_length, check_tokens
+from gpt3lib.embeddings import ContextError, Embeddings, check_length, check_tokens, is_traced
 from gpt3lib.tokenization import TokenError
 
 
@@ -223,3 +224,10 @@ def test_every_track_can_be_used():
 
 def test_the_errors_are_value_errors():
     assert issubclass(ContextError, ValueError) and issubclass(TokenError, ValueError)
+
+
+def test_a_tensor_with_a_tangent_is_traced_and_no_other_beside_it():
+    plain = torch.randn(3)
+    with forward_ad.dual_level():
+        assert is_traced(forward_ad.make_dual(plain, plain)) and not is_traced(plain)
+    assert not is_traced(plain)

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from gpt3lib.embeddings import ContextError
@@ -686,3 +690,118 @@ def test_names_in_a_file_do_not_change():
     assert set(Block(GPTConfig(**SMALL)).state_dict()) == wanted
     others = {"embeddings.wte.weight", "embeddings.wpe.weight", "ln_f.weight", "ln_f.bias"}
     assert {name for name in make().state_dict() if not name.startswith("blocks.")} == others
+
+
+# --- what torch does with a model: other types, recording, other derivatives ------------------------------------------
+
+
+def some(batch, length):
+    return torch.randint(61, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def test_float64_stays_float64_under_autocast():
+    model, tokens = make().double(), some(3, 12)
+    expected = model.loss(tokens, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.loss(tokens, tokens), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kinds", [("dense",), ("banded",), ("dense", "banded")])
+def test_an_exported_model_reads_texts_of_every_length(kinds):
+    model = make(attention=kinds, bandwidth=5, n_ctx=40)
+    shapes = {"tokens": {0: Dim("b"), 1: Dim("t", max=40)}}
+    exported = torch.export.export(model, (some(3, 12),), dynamic_shapes=shapes).module()
+    for length in (2, 5, 6, 12, 40):
+        torch.testing.assert_close(exported(some(2, length)), model(some(2, length)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kinds", [("dense",), ("banded",)])
+@pytest.mark.parametrize("example", [1, 4, 12])
+def test_a_model_traced_with_a_short_text_reads_long_ones(kinds, example):
+    model = make(attention=kinds, bandwidth=5, n_ctx=40)
+    traced = torch.jit.trace(model, (some(3, example),), check_trace=False)
+    for length in (1, 4, 5, 12, 40):
+        torch.testing.assert_close(traced(some(2, length)), model(some(2, length)))
+
+
+def test_many_gradients_at_a_time():
+    h, table, targets = torch.randn(2, 3, 8, requires_grad=True), torch.randn(61, 8, requires_grad=True), some(2, 3)
+    expected = torch.autograd.grad(loss_slowly(h, table, targets), (h, table))
+    loss = chunked_loss(h, table, targets)
+    found = torch.autograd.grad(loss, (h, table), torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    for many, one in zip(found, expected):
+        torch.testing.assert_close(many, torch.stack([one, -2 * one]))
+    jacobian = torch.autograd.functional.jacobian(lambda x: chunked_loss(x, table, targets), h, vectorize=True)
+    torch.testing.assert_close(jacobian, expected[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_forward_derivatives_are_those_of_the_way_back(autocast):
+    model, tokens = make(bandwidth=5).double(), some(3, 12)
+    parameters = dict(model.named_parameters())
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+    gradients = torch.autograd.grad(model.loss(tokens, tokens), list(parameters.values()))
+    expected = sum((g * t).sum() for g, t in zip(gradients, tangents.values()))
+    with forward_ad.dual_level(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                tangent = next(tangents[key] for key, q in parameters.items() if q is p)
+                delattr(module, name)
+                setattr(module, name, forward_ad.make_dual(p.detach(), tangent))
+        found = forward_ad.unpack_dual(model.loss(tokens, tokens)).tangent
+    torch.testing.assert_close(found, expected)
+
+
+def test_second_derivatives_as_the_docstring_says():
+    model, tokens = make(bandwidth=5).double(), some(3, 12)
+    table = model.embeddings.wpe.weight
+    with sdpa_kernel(SDPBackend.MATH):
+        (slope,) = torch.autograd.grad(model.loss(tokens, tokens), table, create_graph=True)
+        (found,) = torch.autograd.grad(slope.square().sum(), table)
+    step, sizes = 1e-5 * torch.randn_like(table), []
+    for sign in (1, -1):
+        with torch.no_grad():
+            table += sign * step
+        sizes.append(torch.autograd.grad(model.loss(tokens, tokens), table)[0].square().sum())
+        with torch.no_grad():
+            table -= sign * step
+    torch.testing.assert_close(2 * (found * step).sum(), sizes[0] - sizes[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 61])
+def test_no_target_is_skipped_anywhere(wrong):
+    h, table, targets = torch.randn(2, 3, 8), torch.randn(61, 8), some(2, 3)
+    targets[0, 1] = wrong
+    many = torch.vmap(lambda h, targets: chunked_loss(h[None], table, targets[None]))
+    follow = torch.compile(chunked_loss, backend="eager")
+    calls = [partial(loss, h, table, targets) for loss in (loss_slowly, chunked_loss, follow)]
+    for call in (*calls, partial(many, h, targets)):
+        with pytest.raises((IndexError, RuntimeError)):
+            call()
+
+
+@pytest.mark.parametrize("seed", [1.0, "x", None, math.nan, True])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ConfigError, match="seed"):
+        GPT(GPTConfig(**SMALL), seed)
+
+
+def test_a_seed_of_numpy_is_a_seed():
+    ours, other = (GPT(GPTConfig(**SMALL), seed).state_dict() for seed in (3, np.int8(3)))
+    assert all(torch.equal(ours[name], other[name]) for name in ours)
+
+
+@pytest.mark.parametrize("config", ["gpt3-100k", SMALL, None])
+def test_a_model_wants_a_config(config):
+    with pytest.raises(ConfigError, match="must be a GPTConfig"):
+        GPT(config)
+
+
+@pytest.mark.parametrize("rows", [60, 62])
+def test_a_token_table_of_another_size_is_refused(rows):
+    model = make()
+    model.embeddings.wte = torch.nn.Embedding(rows, 24)
+    for use in (model, lambda tokens: model.loss(tokens, tokens)):
+        with pytest.raises(ConfigError, match=f"{rows} rows.*61; make them equal"):
+            use(some(2, 5))

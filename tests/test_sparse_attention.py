@@ -503,3 +503,16 @@ def test_more_queries_than_keys_are_refused(how):
     q, k = torch.randn(1, 1, 40, 8), torch.randn(1, 1, 36, 8)
     with pytest.raises(PatternError, match="40 queries but only 36 keys"):
         attend_in_band(q, k, k, 4, how=how)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["auto", *WAYS])
+@pytest.mark.parametrize("example", [1, 3, 9])
+def test_a_traced_band_holds_for_other_lengths(how, example):
+    x = torch.randn(2, 2, 40, 4, generator=torch.Generator().manual_seed(0))
+    traced = torch.jit.trace(
+        lambda q, k: attend_in_band(q, k, k, 4, how=how), (x[:, :, :example],) * 2, check_trace=False
+    )
+    for queries, keys in ((1, 1), (1, 9), (3, 3), (9, 9), (7, 40), (40, 40)):
+        q, k = x[:, :, :queries], x[:, :, :keys]
+        torch.testing.assert_close(traced(q, k), attend_in_band(q, k, k, 4, how="mask"))

@@ -595,3 +595,68 @@ def test_the_shipped_model_passes_the_bigram_line(tokenizer):
     training, validation = training_and_validation(tokenizer, corpus())
     shipped = evaluate(GPT.from_pretrained(DATA / "models" / "gpt3-1m"), validation, n_windows=16)
     assert shipped < bigram_loss(training, validation, tokenizer.vocab_size) - 0.3
+
+
+# --- small numpy numbers, and what is refused at the door ------------------------------------------------------------
+
+
+def test_small_numbers_of_numpy_do_not_overflow():
+    tokens = text_of(400)
+    assert train(model_of(), tokens, 300, 1, peak=0, warmup=np.uint8(2)) == train(model_of(), tokens, 300, 1, 0, 2)
+    for a, b in zip(batch(tokens, np.int8(2), np.int8(127), 0, np.int8(1)), batch(tokens, 2, 127, 0, 1)):
+        assert torch.equal(a, b)
+    assert bigram_loss(tokens, tokens, np.uint8(60)) == bigram_loss(tokens, tokens, 60)
+    assert type(evaluate(model_of(), tokens, np.int64(3))) is float
+
+
+def test_float64_trains_with_bf16():
+    assert math.isfinite(train(model_of().double(), text_of(400), 2, 1, warmup=0, bf16=True)[-1])
+
+
+NO_MODEL = torch.nn.Linear(2, 2)
+REFUSED = {
+    "train, no model": lambda text: train(NO_MODEL, text, 1),
+    "train, nothing": lambda text: train(None, text, 1, warmup=0),
+    "evaluate, no model": lambda text: evaluate(NO_MODEL, text),
+    "evaluate, nothing": lambda text: evaluate(None, text),
+    "pack, nothing": lambda text: pack(None, ["a"]),
+    "pack, a name": lambda text: pack("gpt2", ["a"]),
+    "on_step": lambda text: train(model_of(), text, 1, 1, warmup=0, on_step=3),
+    "bf16 yes": lambda text: train(model_of(), text, 1, 1, warmup=0, bf16="yes"),
+    "bf16 None": lambda text: train(model_of(), text, 1, 1, warmup=0, bf16=None),
+    "a huge peak": lambda text: train(model_of(), text, 1, 1, warmup=0, peak=10**400),
+    "before": lambda text: windows(text, 4, torch.tensor([-1])),
+    "behind": lambda text: windows(text, 4, torch.tensor([396])),
+    "a list": lambda text: windows(text, 4, [1]),
+    "floats": lambda text: windows(text, 4, torch.tensor([1.0])),
+    "one": lambda text: windows(text, 4, torch.tensor(1)),
+    "step 2": lambda text: batch(text, 2, 4, 0, "2"),
+    "step 2.7": lambda text: batch(text, 2, 4, 0, 2.7),
+    "step None": lambda text: batch(text, 2, 4, 0, None),
+    "weight None": lambda text: bigram_loss(text, text, 31, None),
+    "weight True": lambda text: bigram_loss(text, text, 31, True),
+    "vocabulary 31.0": lambda text: bigram_loss(text, text, 31.0),
+    "vocabulary 2**31": lambda text: bigram_loss(text, text, 2**31),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused_before_any_work(name):
+    with patch("gpt3lib.training.make_optimizer", side_effect=AssertionError), pytest.raises(TrainingError):
+        REFUSED[name](text_of(400))
+
+
+def test_the_last_window_is_one():
+    text = text_of(400)
+    assert torch.equal(windows(text, 4, torch.tensor([0, 395]))[1][1], text[-4:])
+
+
+def test_evaluate_gives_each_part_its_mode_back_even_after_an_error():
+    model = model_of().train()
+    model.blocks[0].eval()
+    before = [part.training for part in model.modules()]
+    evaluate(model, text_of(400), 2)
+    assert [part.training for part in model.modules()] == before
+    with patch.object(model, "loss", side_effect=KeyError), pytest.raises(KeyError):
+        evaluate(model, text_of(400), 2)
+    assert [part.training for part in model.modules()] == before
