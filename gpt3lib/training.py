@@ -69,7 +69,7 @@ def check_starts(starts: torch.Tensor, n_places: int) -> None:
         )
 
 
-def check_model(model: nn.Module) -> None:
+def check_learner(model: nn.Module) -> None:
     """Raise TrainingError unless this can be trained: it has a config and a loss."""
     if not hasattr(model, "config") or not hasattr(model, "loss"):
         raise TrainingError(f"model is a {type(model).__name__}; it must be a GPT")
@@ -107,7 +107,7 @@ def check_ways(on_step, bf16: bool) -> None:
         raise TrainingError(f"bf16 is {bf16!r}; it must be True or False")
 
 
-def check_tokenizer(tokenizer) -> None:
+def check_packer(tokenizer) -> None:
     """Raise TrainingError unless this turns texts into ids."""
     if not hasattr(tokenizer, "to_tiktoken"):
         kind = type(tokenizer).__name__
@@ -174,7 +174,7 @@ def pack(tokenizer, documents: Iterable[str]) -> torch.Tensor:
     That is how GPT-3's training text was laid out ([B20] App. B). Raises TrainingError
     for one text instead of a list of them, and for a tokenizer that is none.
     """
-    check_tokenizer(tokenizer)
+    check_packer(tokenizer)
     encode = tokenizer.to_tiktoken("packing").encode_ordinary
     ids = []
     for document in check_documents(documents):
@@ -283,7 +283,7 @@ def evaluate(model: nn.Module, tokens: torch.Tensor, n_windows: int = 32) -> flo
     The model is put into eval mode meanwhile; tokens go to its device by themselves.
     Raises TrainingError for a text without a window.
     """
-    check_model(model)
+    check_learner(model)
     n_ctx, n_windows = check_windows(tokens, model.config.n_ctx, n_windows)
     last = len(tokens) - n_ctx - 1
     starts = torch.arange(n_windows) * last // max(1, n_windows - 1)
@@ -318,7 +318,7 @@ def train(
     gradient is not finite.
     """
     n_steps, batch_size, warmup, peak = check_run(n_steps, batch_size, warmup, peak)
-    check_ways(on_step, bf16), check_seed(seed), check_model(model)
+    check_ways(on_step, bf16), check_seed(seed), check_learner(model)
     check_windows(tokens, model.config.n_ctx)
     check_text(tokens, model.config.vocab_size)
     optimizer = make_optimizer(model)
