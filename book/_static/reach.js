@@ -1,12 +1,14 @@
-// What scrolls sideways can be reached by Tab, so that the arrow keys move it: a picture or a table on a narrow screen.
-const reach = new ResizeObserver((boxes) => {
-  for (const { target } of boxes) {
-    const scrolls = target.scrollWidth > target.clientWidth && !target.querySelector("[tabindex='0'], a");
-    scrolls ? target.setAttribute("tabindex", "0") : target.removeAttribute("tabindex");
-  }
-});
+// What scrolls sideways can be reached by Tab, so that the arrow keys move it: a picture, a table, an output on a narrow
+// screen; also when it was folded at first, or its letters came late.
+const mark = (box) => {
+  const scrolls = box.scrollWidth > box.clientWidth && !box.querySelector("[tabindex='0'], a");
+  scrolls ? box.setAttribute("tabindex", "0") : box.removeAttribute("tabindex");
+};
+const reach = new ResizeObserver((changes) => changes.forEach(({ target }) => mark(target)));
 document.addEventListener("DOMContentLoaded", () => {
-  for (const box of document.querySelectorAll("article :is(.picture, table, div.math, .cell_output)")) reach.observe(box);
+  const boxes = document.querySelectorAll("article :is(pre, .picture, table, div.math, .cell_output)");
+  boxes.forEach((box) => reach.observe(box));
+  document.fonts.ready.then(() => boxes.forEach(mark));
 });
 
 // Paper is white: the page is printed in its light colours, whatever the screen shows.
