@@ -319,6 +319,44 @@ ALT = (
 )
 
 
+def draw_way_in(sheet: Map) -> None:
+    """Text becomes tokens, tokens become vectors; the same table is the way out."""
+    with sheet.part("tokens"):
+        sheet.box(70, 4, 120, "tokens")
+        sheet.way((130, 30), (130, 42))
+    with sheet.part("embeddings"):
+        sheet.box(70, 42, 120, "embeddings")
+        sheet.word(198, 60, "token + position", "start")
+        sheet.box(70, 240, 120, "logits")
+
+
+def draw_layers(sheet: Map) -> None:
+    """What stands inside the frame of the layers."""
+    with sheet.part("attention"):
+        sheet.box(206, 96, 76, "attention")
+    with sheet.part("band"):
+        sheet.box(286, 96, 50, "band", dash="4 3")
+    with sheet.part("decoder"):
+        draw_decoder(sheet)
+    with sheet.part("sizes"):
+        sheet.box(66, 166, 44, "× L")
+
+
+def draw_around(sheet: Map) -> None:
+    """What a model in use or in training has besides."""
+    with sheet.part("cache"):
+        sheet.box(358, 96, 70, "cache")
+        sheet.way((358, 109), (338, 109))
+        sheet.word(393, 139, "keys, values")
+    with sheet.part("decoding"):
+        sheet.box(6, 112, 32, "many texts", h=86, upwards=True)
+    with sheet.part("training"):
+        draw_training(sheet)
+    with sheet.part("weights"):
+        sheet.box(358, 150, 70, "weights")
+        sheet.way((358, 163), (346, 163))
+
+
 def whole_model(lit: str | None = None, alt: str | None = None) -> Map:
     """The map of the whole model that each chapter begins with, with its part lit.
 
@@ -333,32 +371,9 @@ def whole_model(lit: str | None = None, alt: str | None = None) -> Map:
     sheet.line(130, 230, 130, 240, stream, 3)
     sheet.text(236, 22, "text", anchor="start")
     sheet.arrow(230, 17, 194, 17)
-    with sheet.part("tokens"):
-        sheet.box(70, 4, 120, "tokens")
-        sheet.way((130, 30), (130, 42))
-    with sheet.part("embeddings"):
-        sheet.box(70, 42, 120, "embeddings")
-        sheet.word(198, 60, "token + position", "start")
-        sheet.box(70, 240, 120, "logits")
-    with sheet.part("attention"):
-        sheet.box(206, 96, 76, "attention")
-    with sheet.part("band"):
-        sheet.box(286, 96, 50, "band", dash="4 3")
-    with sheet.part("decoder"):
-        draw_decoder(sheet)
-    with sheet.part("sizes"):
-        sheet.box(66, 166, 44, "× L")
+    draw_way_in(sheet)
+    draw_layers(sheet)
     with sheet.part("generation"):
         draw_generation(sheet)
-    with sheet.part("cache"):
-        sheet.box(358, 96, 70, "cache")
-        sheet.way((358, 109), (338, 109))
-        sheet.word(393, 139, "keys, values")
-    with sheet.part("decoding"):
-        sheet.box(6, 112, 32, "many texts", h=86, upwards=True)
-    with sheet.part("training"):
-        draw_training(sheet)
-    with sheet.part("weights"):
-        sheet.box(358, 150, 70, "weights")
-        sheet.way((358, 163), (346, 163))
+    draw_around(sheet)
     return sheet
