@@ -1,5 +1,6 @@
 """Other people's models against their own code (transformers), our own format, refusals, kills, and the hub."""
 
+import copy
 import json
 import math
 import os
@@ -130,16 +131,20 @@ def check(kind, theirs, folder, seed):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     logits = theirs(inputs).logits
     torch.testing.assert_close(model(inputs), logits, rtol=1e-5, atol=1e-5)
-    loss, our_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()), model.loss(inputs, targets)
-    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-5)
+    # in float64: a LayerNorm on four nearly equal numbers makes rounding large. GPT-Neo's scores stay float32
+    exact, their_exact = copy.deepcopy(model).double(), copy.deepcopy(theirs).double()
+    near = 1e-5 if kind == "gpt_neo" else 1e-9
+    loss = F.cross_entropy(their_exact(inputs).logits.flatten(0, 1), targets.flatten())
+    our_loss = exact.loss(inputs, targets)
+    torch.testing.assert_close(our_loss, loss, rtol=near, atol=near)
     loss.backward()
     our_loss.backward()
-    wanted = gradients(kind, theirs)
-    assert wanted.keys() == dict(model.named_parameters()).keys()
-    for name, parameter in model.named_parameters():
-        room = 1e-5 * max(1.0, wanted[name].abs().max().item())
+    wanted = gradients(kind, their_exact)
+    assert wanted.keys() == dict(exact.named_parameters()).keys()
+    for name, parameter in exact.named_parameters():
+        room = near * max(1.0, wanted[name].abs().max().item())
         torch.testing.assert_close(
-            parameter.grad, wanted[name], rtol=1e-5, atol=room, msg=lambda m, n=name: f"{n}: {m}"
+            parameter.grad, wanted[name], rtol=near, atol=room, msg=lambda m, n=name: f"{n}: {m}"
         )
     n = min(3, c.n_ctx - 1)
     greedy, clear = clear_greedy(theirs, inputs[:, : c.n_ctx - n], n)
