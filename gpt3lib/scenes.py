@@ -223,9 +223,14 @@ PARTS = {  # part of the map -> its chapter, the role of its colour, its words
     "generation": ("08_generation", "output", "Generation"),
     "cache": ("09_cache", "stream", "The cache"),
     "decoding": ("10_decoding", "output", "Decoding"),
+    "data": ("11_data", "input", "Data"),
+    "loading": ("12_loading", "input", "Loading"),
     "training": ("13_training", "label", "Training"),
+    "recipe": ("14_recipe", "label", "The recipe"),
+    "runs": ("15_long_runs", "label", "Long runs"),
     "weights": ("24_real_weights", "weight", "Real weights"),
 }
+SOON = {"data", "loading", "recipe", "runs"}  # drawn on their own pages only, as yet
 
 
 class Map(Sheet):
@@ -241,6 +246,7 @@ class Map(Sheet):
     def part(self, name: str):
         """What is drawn inside belongs to a part: its link and its colour."""
         chapter, role, title = PARTS[name]
+        begins = len(self.parts)
         here = ' aria-current="page"' if name == self.lit else ""
         # JupyterLab replaces the plain href of a link in a drawing by an error
         self.add(f'<a xlink:href="{chapter}.ipynb" aria-label="{title}"{here}>')
@@ -249,6 +255,8 @@ class Map(Sheet):
         self.role = role if self.lit in (name, None) else "untrained"
         yield
         self.add("</a>")
+        if name in SOON - {self.lit}:
+            del self.parts[begins:]
 
     def box(self, x, y, w, words, h=26, dash="", upwards=False):
         """A box of the part, with its word."""
@@ -304,6 +312,26 @@ def draw_training(sheet: Map) -> None:
     sheet.word(340, 247, "update")
 
 
+def draw_reading(sheet: Map) -> None:
+    """Where the text of training comes from: cleaned, then dealt out."""
+    with sheet.part("data"):
+        sheet.box(370, 4, 58, "data")
+        sheet.way((370, 17), (356, 17))
+    with sheet.part("loading"):
+        sheet.box(288, 4, 66, "loading")
+        sheet.way((288, 17), (268, 17))
+
+
+def draw_long_training(sheet: Map) -> None:
+    """What steers the updates, and what keeps them safe for a month."""
+    with sheet.part("recipe"):
+        sheet.box(292, 278, 58, "recipe")
+        sheet.way((321, 278), (321, 257))
+    with sheet.part("runs"):
+        sheet.box(356, 278, 76, "long runs")
+        sheet.way((393, 278), (393, 257))
+
+
 def draw_generation(sheet: Map) -> None:
     """The next token, and its way back to the tokens."""
     sheet.way((130, 266), (130, 278))
@@ -350,8 +378,10 @@ def draw_around(sheet: Map) -> None:
         sheet.word(393, 139, "keys, values")
     with sheet.part("decoding"):
         sheet.box(6, 112, 32, "many texts", h=86, upwards=True)
+    draw_reading(sheet)
     with sheet.part("training"):
         draw_training(sheet)
+    draw_long_training(sheet)
     with sheet.part("weights"):
         sheet.box(358, 150, 70, "weights")
         sheet.way((358, 163), (346, 163))
