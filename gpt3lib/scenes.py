@@ -8,6 +8,8 @@ from gpt3lib.pictures import (
     Picture,
     PictureError,
     Sheet,
+    colour,
+    px,
     stroke,
     token_row,
     token_width,
@@ -210,6 +212,91 @@ def word_vector_word(word: str, vector_in, vector_out, guesses, alt: str) -> Pic
     full = max(float(chance) for _, chance in guesses) or 1.0
     with picture.during(4, arrive=(0, -36)):
         guess_list(picture, 22, 270, WIDTH - 30, guesses, full)
+    return picture
+
+
+def draw_tower(picture: Picture, config, x: float, ground: float, scale: float) -> None:
+    """A stack as a block: a layer is 4.4 px high, as wide and deep as its vectors."""
+    wide, top = scale * config.d_model, ground - 4.4 * config.n_layers
+    back = f"{px(0.12 * wide)},{px(-0.12 * wide)}"  # the way to its hidden edges
+    roof = f"M{px(x)},{px(top)}l{back}h{px(wide)}L{px(x + wide)},{px(top)}z"
+    side = f"M{px(x + wide)},{px(ground)}V{px(top)}l{back}V{px(ground - 0.12 * wide)}z"
+    for path, fill in ((roof, 0.2), (side, 0.6)):
+        look = f'fill="{colour("weight")}" fill-opacity="{fill}"'
+        picture.add(f'<path d="{path}" {look} {stroke("weight", 0.8)}/>')
+    for i, kind in enumerate(config.kinds):
+        fill = 0.45 if kind == "dense" else 0.1
+        picture.rect(x, ground - 4.4 * (i + 1), wide, 4.4, "weight", fill, 0.4, 0)
+
+
+def towers(configs: dict, alt: str) -> Picture:
+    """Stacks side by side at one scale, a vector rising in each (ninth picture).
+
+    configs: name -> GPTConfig. Dense layers are dark, banded ones pale.
+    """
+    tall = max(config.n_layers for config in configs.values())
+    scale = 236 / max(config.d_model for config in configs.values())
+    ground, x = 44 + 4.4 * tall, 12.0
+    picture = Picture(WIDTH, ground + 62, alt, seconds=0.8)
+    for name, config in configs.items():
+        draw_tower(picture, config, x, ground, scale)
+        picture.text(x, ground + 20, name, "weight", anchor="start", bold=True)
+        lines = f"{config.n_layers} layers", f"{config.d_model:,} numbers wide"
+        for line, words in enumerate(lines):
+            picture.text(x, ground + 38 + 17 * line, words, anchor="start")
+        middle, high = x + scale * config.d_model / 2 - 5, 0.0
+        for i in range(8):  # an eighth of the tallest in each step
+            low, high = high, min(config.n_layers, tall * (i + 1) / 8)
+            if low < high:
+                stop = i + 1 if high < config.n_layers else None
+                with picture.during(i, stop, arrive=(0, 4.4 * (high - low))):
+                    y = ground - 4.4 * high - 5
+                    picture.rect(middle, y, 10, 10, "stream", fill=1, round=5)
+        x += 1.12 * scale * config.d_model + 30
+    return picture
+
+
+def draw_track(picture: Picture, y, step: float, sure, left, right, wide) -> None:
+    """A dot runs along a track within a step; each layer it has passed lights up."""
+    with picture.during(step, step + 1, arrive=(left - right, 0)):
+        picture.rect(right - 18, y + 8, 10, 10, "stream", fill=1, round=5)
+    for i, share in enumerate(sure):
+        with picture.during(step + 0.7 * (i + 1) / len(sure)):
+            x = left + wide * (i + 0.5) - 12
+            picture.cells(x, y + 1, [[share]], "stream", 24, scale=max(sure))
+
+
+def xray(prompt, output, said, sure, kinds, alt: str) -> Picture:
+    """All tokens run through all layers; the last outputs count (tenth picture).
+
+    said: the likeliest next token of each track; sure: (tracks, n_layers), how likely
+    it is after each layer, drawn against its row's largest; kinds: of the layers.
+    """
+    names = [*prompt, *output[:-1]]
+    first, last = (min(120, max(map(token_width, side))) for side in (names, said))
+    left, right = 18 + first, WIDTH - 4 - last
+    wide, high = (right - left - 14) / len(kinds), 32 * len(names)
+    picture = Picture(WIDTH, 56 + high, alt)
+    heads = (4, "in", "input"), (right, "out", "output"), (left, "layers", "trained")
+    for x, words, role in heads:
+        picture.text(x, 18, words, role, anchor="start")
+    for i, kind in enumerate(kinds):
+        x, dash = left + wide * i, "" if kind == "dense" else "4 3"
+        picture.text(x + wide / 2, 40, i + 1, "trained")
+        picture.rect(x + 2, 47, wide - 4, high, "trained", 0.04, dash=dash)
+    for row, (name, answer) in enumerate(zip(names, said)):
+        y, fed = 50 + 32 * row, row - len(prompt) + 1  # how many outputs are fed back
+        step, way = 2 * max(0, fed), (right - 4, -32) if fed > 0 else (0, 0)
+        with picture.during(max(0, step - 1), arrive=way):
+            role = "output" if fed > 0 else "input"
+            picture.token(4, y, name, role, min(first, token_width(name)))
+        draw_track(picture, y, step, sure[row], left, right - 14, wide)
+        with picture.during(step + 1):
+            role = "output" if fed >= 0 else "untrained"
+            width = min(last, token_width(answer))
+            picture.token(right, y, answer, role, width)
+            if fed < 0:  # nobody asked
+                picture.line(right + 3, y + 13, right + width - 3, y + 13, role)
     return picture
 
 

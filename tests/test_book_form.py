@@ -332,6 +332,7 @@ def test_rules_follow_the_kind_of_chapter():
     assert form.drawing_in_sight in form.rules("c_texts") and form.opening in form.rules("c_texts")
     assert form.opening not in form.rules("index") and form.too_long in form.rules("index")
     assert form.workshop not in form.rules("01_one_parameter") and form.without_map in form.rules("01_one_parameter")
+    assert form.without_map not in form.rules("00_overview") and form.exercises_last in form.rules("00_overview")
 
 
 # --- the table ---

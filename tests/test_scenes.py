@@ -1,6 +1,7 @@
 """The book's pictures: films that tell their story in order, and the map of the model."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from drawings import (
     ink,
     of_role,
     one_decimal,
+    opacity,
     parse,
     shrinks,
     stays_inside,
@@ -32,6 +34,8 @@ from gpt3lib.pictures import PictureError, show_token, token_width
 ANSWER = ["A", " robot", " may"]
 VECTOR = torch.linspace(-1, 1, 128)
 NOISE = {"wte": torch.linspace(-0.1, 0.1, 4353 * 16).reshape(4353, 16), "w": torch.full((3, 4), 0.05)}
+STACK = SimpleNamespace(n_layers=96, d_model=12288, kinds=("dense", "banded") * 48)
+STUB = SimpleNamespace(n_layers=5, d_model=128, kinds=("dense", "banded", "dense", "banded", "dense"))
 BEFORE, AFTER = [(" the", 0.2), (" law", 0.1)], [(" law", torch.tensor(0.4)), (" of", 0.1)]
 
 DRAWINGS = {
@@ -43,6 +47,10 @@ DRAWINGS = {
     "one_at_a_time": lambda strings, alt: scenes.one_at_a_time(strings, strings[:4], alt),
     "before_after": lambda strings, alt: scenes.before_after(NOISE, {name: -2 * x for name, x in NOISE.items()}, alt),
     "tracks": lambda strings, alt: scenes.tracks(strings, 2048, alt),
+    "towers": lambda strings, alt: scenes.towers({strings[0]: STACK, "other": STUB}, alt),
+    "xray": lambda strings, alt: scenes.xray(
+        strings, ANSWER, [*strings[:-1], *ANSWER], [[0.1, 0.0, 0.7]] * (len(strings) + 2), STACK.kinds[:3], alt
+    ),
     "word_vector_word": lambda strings, alt: scenes.word_vector_word(strings[0], VECTOR, -VECTOR, AFTER, alt),
 }
 calm = settings(deadline=None, max_examples=60)  # on a busy machine too
@@ -80,6 +88,8 @@ def test_a_still_picture_needs_no_rules():
         "training_step",
         "one_at_a_time",
         "tracks",
+        "towers",
+        "xray",
         "word_vector_word",
     ]
 
@@ -212,6 +222,93 @@ def test_a_word_becomes_a_vector_becomes_a_word():
     numbers = [number for _, _, number, *_ in cells(picture)]
     assert numbers == [pytest.approx(float(f"{x:.2g}")) for x in [*VECTOR[:12].tolist(), *(-VECTOR[:12]).tolist()]]
     assert sum(text == "… 128 numbers" for text, _ in texts(picture)) == 2
+
+
+def dots(picture, step=None):
+    """(x, y) of the orange dots that are seen in the middle of a step, where they end."""
+    root = parse(picture)
+    frames, seconds = films(root)
+    length = next(iter(seconds.values())) / picture.seconds
+    found = [(e, path) for e, path in walk(root) if e.get("rx") == "5" and e.get("fill") == ink("stream")]
+    if step is None:
+        found = [(e, path) for e, path in found if path[-1].get("opacity") == "1"]
+    else:
+        found = [(e, path) for e, path in found if opacity(frames, path, 100 * (step + 0.5) / length) > 0.5]
+    return [(float(e.get("x")), float(e.get("y"))) for e, _ in found]
+
+
+def test_towers_stand_at_one_scale_on_one_ground():
+    picture = scenes.towers({"GPT-3": STACK, "ours": STUB}, "x")
+    layers = {}
+    for element, _ in walk(parse(picture)):
+        if element.tag == "rect" and element.get("rx") == "0":
+            x, y, w, h = (float(element.get(key)) for key in ("x", "y", "width", "height"))
+            layers.setdefault(x, []).append((y, w, h, float(element.get("fill-opacity"))))
+    large, small = layers.values()
+    assert len(large) == 96 and len(small) == 5
+    assert small[0][1] / large[0][1] == pytest.approx(128 / 12288, rel=0.02)
+    assert {h for _, _, h, _ in large + small} == {4.4} and large[0][0] == small[0][0]
+    assert [y for y, *_ in large] == sorted((y for y, *_ in large), reverse=True)
+    dense = {fill for i, (*_, fill) in enumerate(large) if i % 2 == 0}
+    banded = {fill for i, (*_, fill) in enumerate(large) if i % 2}
+    assert len(dense) == len(banded) == 1 and min(dense) > max(banded)
+    words = [text for text, _ in texts(picture)]
+    assert words == ["GPT-3", "96 layers", "12,288 numbers wide", "ours", "5 layers", "128 numbers wide"]
+
+
+def test_a_vector_rises_twelve_layers_in_a_step_and_leaves_a_small_stack_early():
+    picture = scenes.towers({"GPT-3": STACK, "ours": STUB}, "x")
+    assert n_steps(picture) == 8
+    heights = []
+    for step in range(8):
+        (_, high), (_, low) = sorted(dots(picture, step))
+        heights.append((high, low))
+    assert len({low for _, low in heights}) == 1  # ours is out after the first step
+    rises = [a - b for (a, _), (b, _) in zip(heights, heights[1:])]
+    assert rises == [pytest.approx(12 * 4.4, abs=0.11)] * 7
+    assert len(dots(picture)) == 2  # both are at the top when nothing moves
+
+
+def tracks_of(picture, step=None):
+    """Number of lit cells in each row, top row first, at a step; every row has its place."""
+    root = parse(picture)
+    frames, seconds = films(root)
+    length = next(iter(seconds.values())) / picture.seconds
+    rows = {}
+    for element, path in walk(root):
+        if element.find("title") is not None:
+            lit = all(group.get("opacity", "1") == "1" for group in path)
+            if step is not None:
+                lit = opacity(frames, path, 100 * step / length) > 0.5
+            rows.setdefault(float(element.get("y")), []).append(lit)
+    return [sum(rows[y]) for y in sorted(rows)]
+
+
+def test_an_xray_feeds_back_what_counts_and_strikes_out_the_rest():
+    said = ["x1", "x2", *ANSWER]
+    picture = scenes.xray(["a", "b", "c"], ANSWER, said, [[0.1, 0.2, 0.4]] * 5, STACK.kinds[:3], "x")
+    assert tracks_of(picture) == [3] * 5
+    assert tracks_of(picture, 1.5) == [3, 3, 3, 0, 0]  # the prompt runs at once
+    assert tracks_of(picture, 3.5) == [3, 3, 3, 3, 0]
+    assert tracks_of(picture, 5.5) == [3] * 5
+    assert of_role(texts(picture, 0), "input") == ["in", "a", "b", "c"]
+    assert of_role(texts(picture), "untrained") == ["x1", "x2"]
+    strikes = [e for e, _ in walk(parse(picture)) if e.tag == "path" and e.get("stroke") == ink("untrained")]
+    assert len(strikes) == 2
+    assert of_role(texts(picture, 1), "output") == ["out", "A", "A"]  # one is out, its copy on the way back
+    end = of_role(texts(picture), "output")
+    assert end == ["out", "A", "A", "·robot", "·robot", "·may"]
+    dashed = [e for e, _ in walk(parse(picture)) if e.get("stroke-dasharray") == "4 3"]
+    assert len(dashed) == 1  # of three layers the second is banded
+
+
+def test_an_xray_draws_each_row_against_its_own_largest():
+    rows = [[0.1, 0.2], [0.004, 0.001], [0.5, 1.0]]
+    picture = scenes.xray(["a", "b", "c"], ["d"], ["x", "y", "d"], rows, STACK.kinds[:2], "x")
+    found = cells(picture)
+    assert [number for _, _, number, *_ in found] == [number for row in rows for number in row]
+    strongest = [max(strength for *_, strength in found[i : i + 2]) for i in (0, 2, 4)]
+    assert strongest == [0.9] * 3
 
 
 @calm

@@ -47,6 +47,7 @@ MIN_EXERCISES = 5
 BYTES = 500_000
 
 DRAWING = {"a_pictures", "b_scenes"}  # where drawing is the subject
+OVERVIEW = "00_overview"  # begins with text and ends with the map
 UNCOMPARED = re.compile(r"#\s*NBVAL_(IGNORE_OUTPUT|SKIP)")
 EXERCISE = re.compile(r"### Exercise (\d+): \S.*\n\n\s*\S")
 INLINE_CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
@@ -378,7 +379,7 @@ def rules(chapter: str) -> list:
     if chapter != "index":
         found += [opening, long_cells, silence]
     if chapter[0].isdigit():
-        found += [without_map, exercises_last]
+        found += [exercises_last] if chapter == OVERVIEW else [without_map, exercises_last]
     if chapter[0].isdigit() and chapter in export.CHAPTERS:
         found += [workshop, workshop_in_story]
     return found
