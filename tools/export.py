@@ -33,6 +33,7 @@ CHAPTERS = {
     "08_generation": "generation",
     "09_cache": "cache",
     "10_decoding": "decoding",
+    "12_loading": "loading",
     "13_training": "training",
     "24_real_weights": "weights",
 }
