@@ -24,6 +24,7 @@ CHAPTERS = {
     "b_scenes": "scenes",
     "c_texts": "texts",
     "d_files": "files",
+    "e_tasks": "tasks",
     "02_tokenization": "tokenization",
     "03_embeddings": "embeddings",
     "04_attention": "attention",
