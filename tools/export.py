@@ -36,6 +36,7 @@ CHAPTERS = {
     "10_decoding": "decoding",
     "12_loading": "loading",
     "13_training": "training",
+    "14_recipe": "recipe",
     "24_real_weights": "weights",
 }
 PUBLIC = {
