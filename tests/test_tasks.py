@@ -358,6 +358,15 @@ def test_a_document_depends_on_seed_and_number_alone():
     assert list(islice(documents(7, spaced=False), 30)) != first
 
 
+def test_spaced_is_what_you_get_unless_you_say_otherwise():
+    task = TASKS["RW"]
+    assert (
+        problem(task, Dice(0), 1) == problem(task, Dice(0), 1, spaced=True) != problem(task, Dice(0), 1, spaced=False)
+    )
+    assert document(task, Dice(0), 1) == document(task, Dice(0), 1, spaced=True)
+    assert numbered(0, 1) == numbered(0, 1, spaced=True) == next(documents(0, first=1, spaced=True))
+
+
 def test_spelling_changes_only_the_spaces():
     for i in range(200):
         name = list(TASKS)[i % len(TASKS)]
