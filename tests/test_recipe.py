@@ -555,6 +555,17 @@ def test_squared_lengths_are_those_of_the_gradients():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_frozen_parameters_have_no_part_in_it():
+    model, (x, y) = model_of().double(), batch_of(4)
+    model.embeddings.wpe.weight.requires_grad_(False)
+    frozen = model.embeddings.wpe.weight.clone()
+    whole = torch.autograd.grad(model.loss(x, y), [p for p in model.parameters() if p.requires_grad])
+    big = sum(g.square().sum().item() for g in whole)
+    assert squared_lengths(model, micro_batches(x, y, 2))[1] == pytest.approx(big, rel=1e-6)
+    update(model, recipe_of().optimizer(model), [(x, y)], 0.1)
+    assert torch.equal(frozen, model.embeddings.wpe.weight)
+
+
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 # the losses of steps 0, 10 … 100 of this run: to the last digit, give or take one
