@@ -211,11 +211,8 @@ class Loader:
 
     def places(self, first: int, count: int) -> list[tuple[str, int, int]]:
         """Source, epoch and window of the sequences first … first + count - 1."""
-        first, count = (
-            must_be_whole("first", first, 0),
-            must_be_whole("count", count, 0),
-        )
-        i = np.arange(first, first + count)
+        count = must_be_whole("count", count, 0)
+        i = must_be_whole("first", first, 0) + np.arange(count)
         before = drawn(self.parts, i)  # (sources, count)
         source = (drawn(self.parts, i + 1) - before).argmax(axis=0)
         places = [None] * count
