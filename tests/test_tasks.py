@@ -313,6 +313,28 @@ def test_no_question_stands_in_a_training_document(name):
         assert render(TASKS[name], [question], described=False).strip() not in lines
 
 
+def grams(text: str) -> set[tuple]:
+    """The 13-grams of a line as [B20] App. C takes them: lower case, words without punctuation."""
+    words = [word for word in (re.sub(r"[^\w]", "", part) for part in text.lower().split()) if word]
+    return {tuple(words[i : i + 13]) for i in range(len(words) - 12)}
+
+
+def test_13_grams_of_questions_are_in_the_training_stream_for_relatives_only():
+    """`t c e p s e r = r e s p e c t` lies inside `s t c e p s e r = r e s p e c t s`; nothing else is shared."""
+    trained = {gram for text in islice(documents(6), 3000) for line in text.splitlines() for gram in grams(line)}
+    asked, shared = 0, set()
+    for name in TASKS:
+        for i in range(60):
+            _, question = problem(TASKS[name], Dice("13", i), 0)
+            found = grams(render(TASKS[name], [question], described=False))
+            asked += len(found)
+            shared |= {(name, question.key) for gram in found if gram in trained}
+    assert len(trained) > 50_000 and asked > 2000
+    assert len(shared) < 4 and {name for name, _ in shared} <= {"RW"}
+    for _, word in shared:
+        assert any(word[1:] in other and not held(other) for other in tasks.WORD_LIST)
+
+
 def test_both_sides_of_every_small_space_of_rules():
     orders = {str(TASKS["order"].rule(Dice(i), held_out=True)) for i in range(200)}
     assert 10 <= len(orders) <= 20
