@@ -42,4 +42,9 @@ def fields(
 SIZES.update(
     {name: fields(50257, 2048, row) for name, row in (TABLE_2_1 | ERRATA).items()}
 )
-SIZES.update({name: fields(4353, 256, row) for name, row in EXTRA_SMALL.items()})
+SIZES.update(
+    {
+        name: fields(4353, 1024, row) | {"bandwidth": 128}
+        for name, row in EXTRA_SMALL.items()
+    }
+)

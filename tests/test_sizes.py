@@ -58,11 +58,11 @@ def test_extra_small_models_are_named_by_their_layers(name, wanted):
         model = GPT(config)
     layers = model.num_params() - (config.vocab_size + config.n_ctx) * config.d_model
     assert abs(layers / wanted - 1) < 0.25
-    assert (config.vocab_size, config.n_ctx) == (4353, 256) and len(EXTRA_SMALL) == 5
+    assert (config.vocab_size, config.n_ctx, config.bandwidth) == (4353, 1024, 128) and len(EXTRA_SMALL) == 5
 
 
 def test_from_name():
-    assert GPTConfig.from_name("gpt3-1m") == GPTConfig(4353, 256, 5, 128, 4, 32)
+    assert GPTConfig.from_name("gpt3-1m") == GPTConfig(4353, 1024, 5, 128, 4, 32, bandwidth=128)
     assert GPTConfig.from_name("gpt3-125m", vocab_size=999, n_ctx=77) == GPTConfig(999, 77, 12, 768, 12, 64)
     with pytest.raises(ConfigError, match="no model is called 'gpt3-2b'; there are gpt3-125m, .*gpt3-10m"):
         GPTConfig.from_name("gpt3-2b")

@@ -581,19 +581,19 @@ def test_an_infinite_gradient_under_a_finite_loss_stops_the_run_too():
 
 
 def test_the_shipped_model_is_the_one_the_manifest_names():
-    entry = tomllib.loads((DATA / "manifest.toml").read_text())["models"]["gpt3-1m"]
-    assert entry["command"] == "python tools/train_models.py gpt3-1m"
-    folder = DATA / "models" / "gpt3-1m"
+    entry = tomllib.loads((DATA / "manifest.toml").read_text())["models"]["shakespeare-1m"]
+    assert entry["command"] == "python tools/train_models.py shakespeare-1m"
+    folder = DATA / "models" / "shakespeare-1m"
     for name in ("model.safetensors", "config.json"):
         assert sha256((folder / name).read_bytes()).hexdigest() == entry[name], name
-    assert GPTConfig(**json.loads((folder / "config.json").read_text())) == GPTConfig.from_name("gpt3-1m")
+    assert GPTConfig(**json.loads((folder / "config.json").read_text())) == GPTConfig.from_name("gpt3-1m", n_ctx=256, bandwidth=256)
 
 
 def test_the_shipped_model_passes_the_bigram_line(tokenizer):
     from gpt3lib.texts import corpus
 
     training, validation = training_and_validation(tokenizer, corpus())
-    shipped = evaluate(GPT.from_pretrained(DATA / "models" / "gpt3-1m"), validation, n_windows=16)
+    shipped = evaluate(GPT.from_pretrained(DATA / "models" / "shakespeare-1m"), validation, n_windows=16)
     assert shipped < bigram_loss(training, validation, tokenizer.vocab_size) - 0.3
 
 

@@ -1,7 +1,7 @@
 """Train the models that data/ ships, with the code of the training chapter.
 
-python tools/train_models.py gpt3-1m           about 40 minutes on one core; writes data/models/gpt3-1m
-python tools/train_models.py gpt3-1m FOLDER    the same run into another folder, to compare
+python tools/train_models.py shakespeare-1m           about 40 minutes on one core; writes data/models/shakespeare-1m
+python tools/train_models.py shakespeare-1m FOLDER    the same run into another folder, to compare
 
 The weights are stored as float16, half the size. The last lines printed are the model's entry for data/manifest.toml.
 Another processor or number of threads rounds differently, so its file differs in the last digits, and so in its hash.
@@ -18,7 +18,8 @@ from gpt3lib.texts import DATA, corpus
 from gpt3lib.tokenization import Tokenizer
 from gpt3lib.training import evaluate, train, training_and_validation
 
-RECIPES = {"gpt3-1m": {"n_steps": 6000, "batch_size": 8, "peak": 3e-3, "warmup": 200, "seed": 0}}
+CONFIGS = {"shakespeare-1m": GPTConfig.from_name("gpt3-1m", n_ctx=256, bandwidth=256)}
+RECIPES = {"shakespeare-1m": {"n_steps": 6000, "batch_size": 8, "peak": 3e-3, "warmup": 200, "seed": 0}}
 EVERY = 100  # steps between two lines of the log
 
 
@@ -27,7 +28,7 @@ def train_model(name: str) -> GPT:
     torch.set_num_threads(1)
     tokenizer = Tokenizer.load(DATA / "tokenizer-4353.bpe")
     training, validation = training_and_validation(tokenizer, corpus())
-    model = GPT(GPTConfig.from_name(name), seed=RECIPES[name]["seed"])
+    model = GPT(CONFIGS[name], seed=RECIPES[name]["seed"])
 
     def log(step: int, loss: float) -> None:
         if (step + 1) % EVERY == 0:
