@@ -669,6 +669,8 @@ CALLS = [
     (lambda: noise_scale(1, 1, 0, 2), "b_small is 0, b_big 2"),
     (lambda: recomputed(nn.Linear(2, 2)).__enter__(), "model is a Linear; it must be a GPT"),
     (lambda: recomputed(model_of(), 0).__enter__(), "every is 0"),
+    (lambda: recomputed(model_of(), -1).__enter__(), "every is -1"),
+    (lambda: recomputed(model_of(), 1.5).__enter__(), "every is 1.5"),
 ]
 
 
