@@ -486,6 +486,14 @@ def test_finished_tokens_are_not_overwritten_and_unfinished_ones_are(tokenizer, 
     assert names == ["manifest.json", "merges.bpe", "mine.txt", "shard-00000.bin"]
 
 
+def test_folders_are_made_and_every_core_takes_part(tokenizer, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loading.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(loading, "in_threads", lambda f, items, n: asked.append(n) or in_threads(f, items, n))
+    write_tokens(["words"], tmp_path / "a" / "b" / "c", tokenizer)
+    assert len(Tokens(str(tmp_path / "a" / "b" / "c"))) == 3 and asked == [3]
+
+
 def test_an_interrupt_removes_what_was_written(tokenizer, tmp_path):
     def documents():
         yield "words and more words " * 100_000
