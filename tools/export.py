@@ -25,6 +25,7 @@ CHAPTERS = {
     "c_texts": "texts",
     "d_files": "files",
     "e_tasks": "tasks",
+    "g_checkpoints": "checkpoints",
     "02_tokenization": "tokenization",
     "03_embeddings": "embeddings",
     "04_attention": "attention",
@@ -38,6 +39,7 @@ CHAPTERS = {
     "12_loading": "loading",
     "13_training": "training",
     "14_recipe": "recipe",
+    "15_long_runs": "runs",
     "24_real_weights": "weights",
 }
 PUBLIC = {

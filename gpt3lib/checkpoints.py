@@ -1,0 +1,321 @@
+"""Folders that outlive a kill: on the disk, with hashes, few of them, and one run at
+a time."""
+
+# Made from book/g_checkpoints.ipynb by tools/export.py; edit the chapter.
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from gpt3lib.files import Stored, WeightsError, is_whole, scan, sha256
+
+
+class RunError(RuntimeError):
+    """A run that cannot start, go on or be saved; the message says what would help."""
+
+
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """What cannot be written inside is a RunError that says why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{path} cannot be written ({error}); finished checkpoints are whole. "
+            "Make room, or look who may write there, and start the same run again"
+        ) from error
+
+
+def check_counts(**counts) -> None:
+    """Raise RunError unless each is a whole number, from the least it may be on.
+
+    counts: name = (value, least).
+    """
+    for name, (value, least) in counts.items():
+        if not is_whole(value, least):
+            raise RunError(f"{name} is {value!r}; it must be whole, {least} or more")
+
+
+def say(text: str) -> None:
+    """Print, unless the terminal is gone."""
+    with suppress(OSError, ValueError):
+        print(text, flush=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, lies on the disk itself."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no such call; its file system keeps a journal of names
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Checkpoint:
+    """A folder with the state of a run, read and compared with its hashes.
+
+    number: steps taken; state: what state.json holds of it. Raises RunError.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.number = folder, int(folder.name.split("-")[1])
+        try:
+            told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            self.state, files = told["state"], told["files"]
+            if told["sha256"] != sha256(json.dumps([self.state, files]).encode()):
+                raise ValueError("its hash is another")
+            for name, right in files.items():
+                if sha256(folder / name) != right:
+                    raise ValueError(f"the hash of {name} is another")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RunError(f"{folder} is damaged ({error})") from error
+
+    def check(self, about: dict) -> None:
+        """Raise RunError unless it is of a run that is described so."""
+        check_same_run(self.folder.parent, self.state["about"], about)
+
+    def tensors(self, kind: str) -> Stored:
+        """The tensors of kind "model" or "optimizer", by name. Raises RunError."""
+        try:
+            return Stored(scan(self.folder / f"{kind}.safetensors")[0])
+        except WeightsError as error:
+            raise RunError(str(error)) from error
+
+
+def check_same_run(folder: Path, old, new, name: str = "") -> None:
+    """Raise RunError, naming the first setting that is not what the run began with."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            inner = f"{name}.{key}".lstrip(".")
+            check_same_run(folder, old.get(key), new.get(key), inner)
+    elif old != new:
+        raise RunError(
+            f"{name} is {new!r}, but the run in {folder} began with {old!r}; "
+            "give it that again, or another folder"
+        )
+
+
+class Store:
+    """The checkpoints of one run: folder/step-0000000123/.
+
+    keep_last: how many of the newest stay; keep_at: for each of these places on the
+    clock, in tokens, the first checkpoint from there on stays too.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 3, keep_at=()):
+        check_counts(keep_last=(keep_last, 1))
+        for place in keep_at:
+            check_counts(keep_at=(place, 1))
+        self.folder = Path(folder).expanduser()
+        self.keep_last, self.keep_at = keep_last, tuple(map(int, keep_at))
+
+    def locked(self):
+        """A context in which no other run may use the folder, see locked."""
+        return locked(self.folder)
+
+    def checkpoints(self) -> list[Path]:
+        """The folders of the checkpoints, oldest first; nobody has looked inside."""
+        found = self.folder.glob("step-*")
+        return sorted(p for p in found if re.fullmatch(r"step-\d{10}(-kept)?", p.name))
+
+    def save(self, number: int, tensors: dict, state: dict, kept: bool = False) -> None:
+        """Write a checkpoint beside, then rename it, then let old ones go.
+
+        tensors: kind -> name -> tensor; state: what JSON can hold. Raises RunError.
+        """
+        final = self.folder / f"step-{number:010}{'-kept' * kept}"
+        part = final.with_suffix(".part")
+        try:
+            with writes(final):
+                part.mkdir(parents=True)
+                self.fill(part, tensors, state)
+                os.replace(part, final)
+                to_disk(self.folder)
+        except RunError:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        for old in self.checkpoints()[: -self.keep_last]:
+            if not old.name.endswith("-kept"):
+                self.remove(old)
+
+    def fill(self, part: Path, tensors: dict, state: dict) -> None:
+        """Write the files of a checkpoint, and wait until the disk has them."""
+        for kind, group in tensors.items():
+            plain = {name: tensor.contiguous() for name, tensor in group.items()}
+            save_file(plain, part / f"{kind}.safetensors")
+        files = {path.name: sha256(path) for path in sorted(part.iterdir())}
+        told = {"sha256": sha256(json.dumps([state, files]).encode())}
+        about = part / "state.json"
+        text = json.dumps(told | {"state": state, "files": files}, indent=1)
+        about.write_text(text, encoding="utf-8")
+        for path in part.iterdir():
+            path.chmod(about.stat().st_mode)  # safetensors lets only the owner read
+            to_disk(path)
+        to_disk(part)
+
+    def keeps(self, before: int, after: int) -> bool:
+        """Whether a place of keep_at lies between two readings of the clock."""
+        return any(before < place <= after for place in self.keep_at)
+
+    def remove(self, path: Path) -> None:
+        """Rename, then delete: a kill between leaves no half of a checkpoint."""
+        os.replace(path, path.with_suffix(".gone"))
+        shutil.rmtree(path.with_suffix(".gone"), ignore_errors=True)
+
+    def set_aside(self, after: int) -> None:
+        """Give another name to the checkpoints after a step: damaged-step-…"""
+        for path in self.checkpoints():
+            if int(path.name.split("-")[1]) > after:
+                name = f"damaged-{path.name}-{time.time():.0f}"
+                os.replace(path, path.with_name(name))
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, or None when there is none at all.
+
+        A damaged one is named, and the one before it taken. Raises RunError if all are.
+        """
+        faults = []
+        for path in reversed(self.checkpoints()):
+            try:
+                found = Checkpoint(path)
+            except RunError as error:
+                faults.append(f"{error}")
+                continue
+            for fault in faults:
+                say(f"{fault}; {path.name} is used instead")
+            return found
+        if faults:
+            raise RunError(
+                f"no checkpoint is whole: {'; '.join(faults)}. "
+                "Copy one back, or begin in another folder"
+            )
+        return None
+
+
+def lock(file) -> None:
+    """The system's lock on an open file; it ends with the process, however that ends.
+
+    Raises OSError while another one holds it.
+    """
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(2**20)  # far behind the text, which stays readable
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, for this run alone. Raises RunError.
+
+    What a killed run left unfinished is swept out.
+    """
+    with writes(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a+", encoding="utf-8")
+    with file:
+        try:
+            lock(file)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise RunError(
+                f"{folder} is in use by another run (process {file.read(20).strip()}); "
+                "wait for it, or give this one a folder of its own"
+            ) from error
+        except OSError as error:  # some network disks have no locks
+            say(f"{folder} cannot be locked ({error}); start no second run there")
+        with writes(folder / "lock"):
+            file.truncate(0)
+            print(os.getpid(), file=file, flush=True)
+        for path in folder.glob("step-*"):
+            if path.suffix in (".part", ".gone"):
+                shutil.rmtree(path, ignore_errors=True)
+        yield
+
+
+class Logs:
+    """Text files that only grow, and are cut back to where a checkpoint saw them end.
+
+    names: of the files in the folder, which are opened or made.
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...]):
+        self.opened, self.files, self.folder = ExitStack(), {}, folder
+        with writes(folder):
+            for name in names:
+                file = (folder / name).open("ab")
+                self.files[name] = self.opened.enter_context(file)
+
+    def __enter__(self) -> "Logs":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with suppress(OSError, ValueError):  # a full disk, a closed terminal
+            self.opened.close()
+
+    def write(self, name: str, text: str) -> None:
+        """Add a line. It is the system's then: no kill takes it back. RunError."""
+        with writes(self.folder / name):
+            self.files[name].write(f"{text}\n".encode())
+            self.files[name].flush()
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file, all of which lie on the disk by then. RunError."""
+        with writes(self.folder):
+            for file in self.files.values():
+                os.fsync(file.fileno())
+        return {name: os.fstat(f.fileno()).st_size for name, f in self.files.items()}
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Take away what was written since the files had these sizes. RunError."""
+        for name, size in sizes.items():
+            there = os.fstat(self.files[name].fileno()).st_size
+            if there < size:
+                say(f"{name} is shorter than at the checkpoint; lines of it are lost")
+            with writes(self.folder / name):
+                self.files[name].truncate(min(there, size))
+
+
+class Stopping:
+    """Meanwhile Ctrl-C, a closed terminal or a polite kill only set `asked`.
+
+    A second Ctrl-C ends at once, as ever.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # systems lack one or another
+
+    def __init__(self):
+        self.asked, self.old = None, {}
+
+    def __enter__(self) -> "Stopping":
+        main = threading.current_thread() is threading.main_thread()
+        for name in self.NAMES if main else ():  # others may not catch signals
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self.old[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number: int, frame) -> None:
+        """What the system calls."""
+        self.asked = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, self.old[number])
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
