@@ -258,7 +258,7 @@ def portions(count: int, size: int, halves: bool = False) -> list[int]:
     return found
 
 
-def fetch(loader, first: int, sizes: list[int], device: torch.device) -> list:
+def fetch_batches(loader, first: int, sizes: list[int], device: torch.device) -> list:
     """Micro-batches (inputs, targets) of these sizes, on the device."""
     pair = loader.sequences(first, sum(sizes))
     if device.type == "cuda":  # from pinned memory, while the device still computes
@@ -414,7 +414,7 @@ class Run:
     def batches(self, first: int, count: int) -> list:
         """These sequences as micro-batches."""
         sizes = portions(count, self.options.micro_batch, self.options.compile)
-        return fetch(self.loader, first, sizes, self.device)
+        return fetch_batches(self.loader, first, sizes, self.device)
 
     def calm(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Whether a step may be made; yes, if losses are to be read later."""
