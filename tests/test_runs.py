@@ -385,6 +385,16 @@ def test_skip_leaves_out_one_step_and_nothing_else(tmp_path, monkeypatch, sync_e
     assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(1, state.step + 1))
 
 
+def test_a_spike_is_seen_after_a_loss_that_was_none(tmp_path, monkeypatch):
+    calls = [sum(-(-step.n_sequences // 3) for step in parts(60)[3].steps(16) if step.number < n) for n in (38, 42)]
+    plain, count = runs.loss_of, iter(range(10**6))
+    # the step after 38 is none; first_bad makes it again, with as many calls
+    bad = {calls[0]: math.nan, calls[1] + 2: 5.0}
+    monkeypatch.setattr(runs, "loss_of", lambda *batch: plain(*batch) + bad.get(next(count), 0.0))
+    go(tmp_path, 60, on_spike="skip")
+    assert [line.split(":")[0] for line in (tmp_path / "notes.txt").read_text().splitlines()] == ["step 39", "step 43"]
+
+
 def test_a_spike_is_one_only_against_enough_losses(tmp_path):
     calm = [2.0] * runs.WATCHED
     assert is_spike(math.nan, 1.0, [], math.inf) and is_spike(1.0, math.inf, [], math.inf)
