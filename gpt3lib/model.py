@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -90,6 +91,12 @@ def check_table(table: torch.Tensor, vocab_size: int) -> None:
 NO_TARGET = -(2**63)  # torch would skip -100, its ignore_index; we skip nothing
 
 
+def filled(registry: dict, module: str) -> dict:
+    """The registry, once the module of gpt3lib that fills it has been imported."""
+    import_module(f"gpt3lib.{module}")
+    return registry
+
+
 SIZES: dict[str, dict] = {}  # name -> fields of GPTConfig; the module `sizes` fills it
 
 
@@ -133,7 +140,7 @@ class GPTConfig:
 
         changes: fields that are to differ, such as n_ctx. Raises ConfigError.
         """
-        if name not in SIZES:
+        if name not in filled(SIZES, "sizes"):
             raise ConfigError(
                 f"no model is called {name!r}; there are {', '.join(SIZES)}"
             )
@@ -354,7 +361,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model.safetensors and config.json, see gpt3lib.weights."""
-        FORMATS["write"](self, path)
+        filled(FORMATS, "weights")["write"](self, path)
 
     @staticmethod
     def from_pretrained(path_or_name: str | Path, dtype=torch.float32) -> "GPT":
@@ -363,4 +370,4 @@ class GPT(nn.Module):
         dtype: the type of its numbers, None for that of the file. Raises WeightsError
         when there is none that fits, see gpt3lib.weights.
         """
-        return FORMATS["read"](path_or_name, dtype)
+        return filled(FORMATS, "weights")["read"](path_or_name, dtype)

@@ -135,16 +135,39 @@ def origin(chapter: str) -> str:
 
 
 def package_source() -> str:
-    """gpt3lib/__init__.py: the public names and the version, and nothing else."""
+    """gpt3lib/__init__.py: the public names and the version. Each is fetched when somebody asks for it."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    names = [name for public in PUBLIC.values() for name in public]
+    homes = {name: module for module, public in PUBLIC.items() for name in public}
+    silent = [module for module, public in PUBLIC.items() if not public]  # they fill registries of `model`
     lines = ['"""How GPT-3 works, in code: the library that the book is made of."""\n']
     lines.append("# Made by tools/export.py from its table of public names; edit that.")
-    silent = [module for module, public in PUBLIC.items() if not public]  # they fill registries of `model`
-    lines.append(f"from gpt3lib import {', '.join(silent)}")
-    lines += [f"from gpt3lib.{module} import {', '.join(public)}" for module, public in PUBLIC.items() if public]
-    lines.append(f"__all__ = {sorted(names + silent)!r}\n__version__ = {version!r}\n")
+    lines.append("from importlib import import_module\n")
+    lines.append(f"HOMES = {homes!r}  # public name: its module")
+    lines.append(f"__all__ = {sorted([*homes, *silent])!r}\n__version__ = {version!r}\n")
+    lines.append(LAZY)
     return format_source("\n".join(lines))
+
+
+LAZY = '''
+def __getattr__(name: str):
+    """A public name or a module, at its first use: torch takes a second to import."""
+    module = f"gpt3lib.{HOMES.get(name, name)}"
+    try:
+        if name.startswith("_"):
+            raise ModuleNotFoundError(name=module)
+        value = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        message = f"module 'gpt3lib' has no attribute {name!r}"
+        raise AttributeError(message) from None
+    globals()[name] = getattr(value, name) if name in HOMES else value
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+'''
 
 
 def format_source(source: str) -> str:
