@@ -41,6 +41,9 @@ CHAPTERS = {
     "14_recipe": "recipe",
     "15_long_runs": "runs",
     "24_real_weights": "weights",
+    "h_using_models": "using",
+    "i_own_text": "own_text",
+    "f_command_line": "cli",
 }
 PUBLIC = {
     "cache": ["generate"],

@@ -10,7 +10,8 @@ from measure import WIDTH, code_cells, tree
 
 MODULE_LINES, PACKAGE_LINES = 500, 8000
 CHAPTER_SECONDS, BOOK_SECONDS = 90, 20 * 60
-ON_TOP = {"index", "00_overview", "f_command_line"}  # may use everything, and nothing uses them
+# may use everything, and no chapter uses them
+ON_TOP = {"index", "00_overview", "f_command_line", "h_using_models", "i_own_text"}
 APPENDICES = {module for name, module in export.CHAPTERS.items() if not name[0].isdigit() and name not in ON_TOP}
 
 

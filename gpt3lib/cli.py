@@ -1,0 +1,489 @@
+"""Train, ask, measure and convert models from a terminal: the command `gpt3`."""
+
+# Made from book/f_command_line.ipynb by tools/export.py; edit the chapter.
+import math
+import os
+import re
+import sys
+from contextlib import redirect_stderr, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+class CommandError(ValueError):
+    """A command that cannot be done; the message says what would be right."""
+
+
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
+
+
+def amount(text: str) -> int:
+    """A whole number as people write it: 20000000, 20_000_000, 2e7 or 20M."""
+    found = re.fullmatch(r"([\d_]*\.?\d+(?:e\d+)?)([kmb]?)", text.strip().lower())
+    number = float(found[1]) * UNITS[found[2]] if found else 0.5
+    if number != int(number):
+        raise ValueError(f"{text!r} is no whole number; write 20000000, 2e7 or 20M")
+    return int(number)
+
+
+def option(kind, metavar: str, words: str, *marks):
+    """The type of a field, with what --help says of it; kind int reads 20M too."""
+    about = tyro.conf.arg(metavar=metavar, help=words, help_behavior_hint="")
+    if kind is int:
+        spec = PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=lambda texts: amount(texts[0]),
+            is_instance=lambda value: isinstance(value, int),
+            str_from_instance=lambda value: [str(value)],
+        )
+        return Annotated[int | None, spec, about, *marks]
+    return Annotated[kind, about, *marks]
+
+
+FIRST = tyro.conf.Positional  # it stands without a --name
+
+
+def short(box: str) -> str:
+    """What tyro says in a box, as one line."""
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    while lines and not lines[0].strip("─╭╮╰╯-+"):  # a rule, or nothing
+        lines = lines[1:]
+    ends = [i for i, line in enumerate(lines) if not line.strip("─╭╮╰╯-+")]
+    said = " ".join(lines[: min(ends, default=None)])
+    with suppress(ValueError):
+        guess = lines[lines.index("Perhaps you meant:") + 1]
+        said += f"; perhaps you meant {guess.split()[0]}"
+    return said
+
+
+def ask(kind: type, arguments: list[str], default=None):
+    """A command's config out of its arguments. Raises CommandError."""
+    name = kind.__name__.removesuffix("Config").lower()
+    said, marks = StringIO(), [tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone]
+    ways = {"prog": f"gpt3 {name}", "use_underscores": True, "config": marks}
+    ways |= {} if default is None else {"default": default}
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, **ways)
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help has been printed
+        words = short(said.getvalue())
+        raise CommandError(
+            f"{words}; `gpt3 {name} --help` tells what there is"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model, or go on where an earlier call of the same command was cut off."""
+
+    size: option(str | None, "SIZE", "gpt3-100k … gpt3-175b", FIRST) = None
+    text: option(tuple[str, ...], "FILE …", "your own texts; the rest is chosen") = ()
+    data: option(tuple[str, ...], "FOLDER …", "what `gpt3 tokenize` made; a mix") = ()
+    weights: option(tuple[float, ...], "W …", "shares of the data; else by length") = ()
+    out: option(str | None, "FOLDER", "where the run lives; else runs/NAME") = None
+    config: option(str | None, "FILE.yaml", "any of these fields, as YAML") = None
+    minutes: option(float | None, "M", "with --text: how long it may take; 3") = None
+    n_tokens: option(int, "N", "how many to learn from; else the data once") = None
+    peak: option(float | None, "RATE", "the highest learning rate; else by size") = None
+    batch_tokens: option(int, "N", "tokens of a step, when it has grown") = None
+    first_batch_tokens: option(int, "N", "… and at first; a sixteenth") = None
+    ramp_tokens: option(int, "N", "until then the batch grows") = None
+    warmup_tokens: option(int, "N", "until then the learning rate grows") = None
+    decay_tokens: option(int, "N", "until then it falls, to a tenth") = None
+    weight_decay: option(float | None, "D", "of the matrices; 0.1") = None
+    clip: option(float | None, "LENGTH", "of a step's gradient at most; 1.0") = None
+    n_ctx: option(int, "N", "tokens in a window") = None
+    attention: option(tuple[str, ...], "KIND …", "of the layers: dense banded") = ()
+    bandwidth: option(int, "N", "tokens that a banded layer sees") = None
+    vocab_size: option(int, "N", "with --text: how many tokens are learned") = None
+    seed: option(int, "N", "of the first weights and of the order; 0") = None
+    micro_batch: option(int, "N", "sequences in memory at a time; 8") = None
+    bf16: option(bool, "", "matrix products in bfloat16, for a GPU") = False
+    compile: option(bool, "", "compile the model first, for a GPU") = False
+    device: option(str | None, "NAME", "cpu, cuda or mps; else what is best") = None
+    n_threads: option(int, "N", "of the processor; else what is faster, 1 or all") = (
+        None
+    )
+    save_every: option(int, "STEPS", "a checkpoint after so many; 100") = None
+    keep_last: option(int, "N", "so many checkpoints stay; 3") = None
+    keep_at: option(tuple[int, ...], "N …", "… and one from each of these tokens") = ()
+    sample_every: option(int, "STEPS", "a sample after so many; 0 is never") = None
+    prompt: option(str | None, "TEXT", "samples go on from it") = None
+    on_spike: option(
+        Literal["stop", "skip", "rollback"] | None, "WAY", "stop, skip or rollback"
+    ) = None
+    go_ahead: option(bool, "", "begin even what does not fit") = False
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Let a model write on from a prompt. Without one it asks, again and again."""
+
+    model: option(str, "MODEL", "a run, a folder, a name such as gpt3-1m", FIRST)
+    prompt: option(str | None, "PROMPT", "a text to go on from", FIRST) = None
+    n_tokens: option(int, "N", "new tokens at most; 200") = 200
+    temperature: option(float, "T", "0 is always the likeliest; 1.0") = 1.0
+    top_k: option(int, "K", "choose among so many") = None
+    top_p: option(float, "P", "… or among those with this share; 0.85") = 0.85
+    seed: option(int, "N", "the same one, the same text; else by chance") = None
+    device: option(str | None, "NAME", "cpu, cuda or mps; else what is best") = None
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure a model on a text: loss, perplexity, bits per byte."""
+
+    model: option(str, "MODEL", "a run, a folder, a name such as gpt3-1m", FIRST)
+    data: option(tuple[str, ...], "PATH …", "texts, or what `gpt3 tokenize` made") = ()
+    n_tokens: option(int, "N", "of each, at most; 1M") = 1_000_000
+    device: option(str | None, "NAME", "cpu, cuda or mps; else what is best") = None
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Write texts as shards of token ids, which `gpt3 train --data` reads."""
+
+    files: option(tuple[str, ...], "FILE …", ".txt, .md, .jsonl, folders", FIRST)
+    out: option(str, "FOLDER", "where the shards go; it must not hold any")
+    tokenizer: option(str, "NAME", "gpt2, learn, or a merges.txt") = "gpt2"
+    vocab_size: option(int, "N", "with learn: how many tokens; else by length") = None
+    field: option(str, "NAME", "of a .jsonl: where a line's text stands") = "text"
+    shard_tokens: option(int, "N", "tokens in a file; 64M") = 2**26
+    n_threads: option(int, "N", "else as many as there are cores") = None
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Write a model, with its tokenizer, as other programs read it."""
+
+    model: option(str, "MODEL", "a run, a folder, a name such as gpt3-1m", FIRST)
+    out: option(str, "FOLDER", "where it goes", FIRST)
+    to: option(
+        Literal["gpt2", "gpt_neo", "gpt3lib"],
+        "KIND",
+        "gpt2 (dense layers), gpt_neo (banded too) or gpt3lib",
+    )
+    dtype: option(
+        Literal["float32", "float16", "bfloat16"], "TYPE", "of the numbers; float32"
+    ) = "float32"
+
+
+def as_arguments(settings: dict, kind: type, source) -> list[str]:
+    """The fields of a YAML file as one would type them. Raises CommandError."""
+    known = {field.name: field.default for field in fields(kind)}
+    arguments = []
+    for name, value in settings.items():
+        if name not in known or name == "config":
+            raise CommandError(
+                f"{source}: no field {name!r}; there are {', '.join(known)}"
+            )
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and known[name] != ():
+            raise CommandError(f"{source}: {name} must be one value, not a list")
+        if any(isinstance(item, dict | list) for item in values):
+            raise CommandError(f"{source}: {name} must be plain, not names in names")
+        if value is True or value is False:
+            arguments += [f"--{name}"] * value
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            arguments.append(str(value) if name == "size" else f"--{name}={value}")
+    return arguments
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The fields in a YAML file. Raises CommandError."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CommandError(f"{path} is no YAML that can be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CommandError(f"{path} must hold lines such as `n_tokens: 20M`")
+    return found
+
+
+def parse_train(arguments: list[str]) -> TrainConfig:
+    """The options of `gpt3 train`; what is typed goes before what --config says."""
+    typed = ask(TrainConfig, arguments)
+    if typed.config is None:
+        return typed
+    settings = as_arguments(read_yaml(typed.config), TrainConfig, typed.config)
+    return ask(TrainConfig, arguments, ask(TrainConfig, settings))
+
+
+# what may be another when a run goes on
+FREE = set(
+    "out config go_ahead save_every keep_last keep_at on_spike micro_batch bf16 "
+    "compile device sample_every prompt".split()
+)
+
+
+def asked(config) -> dict:
+    """The fields that somebody has given: those that are not their defaults."""
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
+
+
+def check_train(config: TrainConfig) -> None:
+    """Raise CommandError for options that contradict each other."""
+    if config.text and config.data:
+        raise CommandError("--text or --data, not both: a text becomes data by itself")
+    if config.weights and len(config.weights) != len(config.data):
+        raise CommandError(
+            f"{len(config.weights)} --weights for {len(config.data)} --data; "
+            "give one weight for each folder"
+        )
+    for name in ("minutes", "vocab_size"):
+        if getattr(config, name) is not None and not config.text:
+            raise CommandError(f"--{name} chooses something for --text; give that too")
+    if config.minutes is not None and not 0 < config.minutes < 1e6:
+        raise CommandError(f"--minutes is {config.minutes}; it must be above 0")
+
+
+def with_stored(config: TrainConfig, path: Path) -> TrainConfig:
+    """The config that a run began with, and what may change. Raises CommandError."""
+    stored = ask(TrainConfig, as_arguments(read_yaml(path), TrainConfig, path))
+    for name, value in asked(config).items():
+        if name not in FREE and value != getattr(stored, name):
+            raise CommandError(
+                f"{name} is {value!r}, but the run in {path.parent} began with "
+                f"{getattr(stored, name)!r}; give it that again, or another --out"
+            )
+    changed = {name: value for name, value in asked(config).items() if name in FREE}
+    return replace(stored, **changed)
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """The config as YAML, with which `gpt3 train --config` makes the run again."""
+    told = {k: list(v) if type(v) is tuple else v for k, v in asdict(config).items()}
+    del told["config"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def choose_tokenizer(config: TokenizeConfig):
+    """GPT-2's tokenizer, one learned from the files, or that of a file or folder."""
+    from gpt3lib.loading import MERGES
+    from gpt3lib.own_text import learn_tokenizer
+    from gpt3lib.tokenization import Tokenizer
+    from gpt3lib.using import whole_texts
+
+    name, path = config.tokenizer, Path(config.tokenizer)
+    if name == "learn":
+        limit = max(10_000, 4_000_000 // len(config.files))
+        documents = whole_texts(config.files, config.field, limit)
+        return learn_tokenizer(documents, config.vocab_size)
+    if config.vocab_size is not None:
+        raise CommandError("--vocab_size is for --tokenizer learn; others have theirs")
+    if name == "gpt2":
+        return Tokenizer.gpt2()
+    return Tokenizer.load(path / MERGES if (path / MERGES).is_file() else path)
+
+
+def run_tokenize(config: TokenizeConfig) -> None:
+    """What `gpt3 tokenize` does."""
+    from gpt3lib.loading import read_documents, text_size, write_tokens
+
+    total = sum(text_size(path) for path in config.files)
+    tokenizer = choose_tokenizer(config)
+    documents = (d for path in config.files for d in read_documents(path, config.field))
+    ways = {"shard_tokens": config.shard_tokens, "n_threads": config.n_threads}
+    ways |= {"progress": sys.stderr.isatty(), "total_bytes": total}
+    tokens = write_tokens(documents, config.out, tokenizer, **ways)
+    print(
+        f"{config.out}: {len(tokens):,} tokens, {tokens.n_documents:,} documents, "
+        f"{tokens.bytes_per_token:.2f} bytes a token, {tokens.vocab_size:,} ids"
+    )
+
+
+def run_train(config: TrainConfig) -> None:
+    """What `gpt3 train` does."""
+    check_train(config)
+    name = Path(config.text[0]).stem if config.text else config.size
+    config = replace(config, out=config.out or f"runs/{name}")
+    path = Path(config.out) / "config.yaml"
+    from gpt3lib import own_text
+
+    if path.exists():
+        texts, config = config.text, with_stored(config, path)
+        if texts:  # are they what they were?
+            own_text.prepare_text(texts, path.parent, config.vocab_size)
+        print(f"{config.out}: going on from its last checkpoint")
+    else:
+        config = own_text.settled(config)
+    write_config(config, path)
+    print("Ctrl-C stops; the same command goes on.", flush=True)
+    try:
+        model, state = own_text.learn(config)
+        if not state.finished:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        print(f"go on with: gpt3 train --out {config.out}")
+        raise SystemExit(130) from None
+    finish(config, model)
+
+
+def finish(config: TrainConfig, model) -> None:
+    """Write the trained model, measure it on what was held out, let it speak."""
+    from gpt3lib import own_text, using
+
+    tokens, *_ = own_text.open_data(config)[0].values()
+    using.write_model(model, tokens.tokenizer, Path(config.out) / "model")
+    for path in Path(config.out).glob("data/held_out"):
+        tell(model, tokens.tokenizer, str(path), 100_000)
+    ways = {"seed": 0, "top_p": 0.85}
+    using.write_text(model, tokens.tokenizer, config.prompt or "", 200, **ways)
+    print(f"\nMore of it: gpt3 generate {config.out}")
+
+
+def prompts(config: GenerateConfig):
+    """The prompt that was given; else what comes in, or what somebody types."""
+    if config.prompt is not None:
+        yield config.prompt
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read().rstrip("\n")
+    else:
+        print("A prompt and Enter; Ctrl-C stops a text, Ctrl-D ends.")
+        with suppress(EOFError):
+            while True:
+                yield input("> ")
+
+
+def run_generate(config: GenerateConfig) -> None:
+    """What `gpt3 generate` does."""
+    from gpt3lib.using import find_model, write_text
+
+    model, tokenizer = find_model(config.model, config.device)
+    ways = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    for prompt in prompts(config):
+        try:
+            write_text(
+                model, tokenizer, prompt, config.n_tokens, seed=config.seed, **ways
+            )
+        except KeyboardInterrupt:
+            if config.prompt is not None:
+                raise
+            print()
+
+
+def tell(model, tokenizer, path: str, limit: int) -> None:
+    """Print how well a model predicts a text."""
+    from gpt3lib.using import measure
+
+    found = measure(model, tokenizer, path, limit)
+    print(
+        f"{path}: loss {found['loss']:.3f}, perplexity {math.exp(found['loss']):.1f}, "
+        f"{found['bits_per_byte']:.3f} bits per byte, over {found['n_tokens']:,} tokens"
+    )
+
+
+def run_eval(config: EvalConfig) -> None:
+    """What `gpt3 eval` does."""
+    from gpt3lib.using import find_model
+
+    held = sorted(map(str, Path(config.model).glob("data/held_out")))
+    if not config.data and not held:
+        raise CommandError(
+            "on which text? Give --data, with texts or folders of tokens"
+        )
+    model, tokenizer = find_model(config.model, config.device)
+    for path in config.data or held:
+        tell(model, tokenizer, path, config.n_tokens)
+
+
+def run_convert(config: ConvertConfig) -> None:
+    """What `gpt3 convert` does."""
+    import torch
+
+    from gpt3lib.using import convert, find_model
+
+    model, tokenizer = find_model(config.model, "cpu")
+    model = model.to(getattr(torch, config.dtype))
+    convert(model, tokenizer, config.out, config.to)
+    print(f"{config.out}: {model.num_params():,} parameters, a {config.to}")
+
+
+HELP = """gpt3: train, ask and measure GPT-3s of every size.
+
+  gpt3 train --text mine.txt                  a model of your own text, in minutes
+  gpt3 generate runs/mine "It was"            it goes on; without a prompt, it asks
+  gpt3 eval runs/mine --data other.txt        loss, perplexity, bits per byte
+
+  gpt3 tokenize books/ --out tokens           texts become shards of token ids
+  gpt3 train gpt3-1m --data tokens            one of our sizes, by the paper's recipe
+  gpt3 train gpt3-175b                        what the largest would need
+  gpt3 convert runs/mine theirs --to gpt_neo  for transformers and other programs
+
+Kill a run whenever you like: the same command goes on where it was. Each command
+has --help. Options of a run can stand in a YAML file, --config run.yaml; all that
+were used are written next to the run.
+"""
+
+COMMANDS = {  # name: its options, what does it
+    "train": (parse_train, run_train),
+    "generate": (partial(ask, GenerateConfig), run_generate),
+    "eval": (partial(ask, EvalConfig), run_eval),
+    "tokenize": (partial(ask, TokenizeConfig), run_tokenize),
+    "convert": (partial(ask, ConvertConfig), run_convert),
+}
+
+
+def act(arguments: list[str]) -> None:
+    """Do what the arguments say. Raises CommandError, and all that a command does."""
+    name, *options = arguments or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return
+    if name not in COMMANDS:
+        raise CommandError(
+            f"no command {name!r}; there are {', '.join(COMMANDS)}: see `gpt3 --help`"
+        )
+    parse, do = COMMANDS[name]
+    do(parse(options))
+
+
+def words_of(error: BaseException) -> str:
+    """An error in one line; where it was, when it is none of our own."""
+    text = " ".join(str(error).split())
+    if isinstance(error, CommandError) or type(error).__module__.startswith("gpt3lib."):
+        return text
+    return f"{type(error).__name__}: {text} (GPT3LIB_TRACEBACK=1 tells where)"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command `gpt3`. Returns its exit code: 0, 2 after an error, 130 for Ctrl-C.
+
+    An error is one line; with GPT3LIB_TRACEBACK=1 the whole story.
+    """
+    for stream in (sys.stdout, sys.stderr):  # some consoles lack letters
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")
+    try:
+        act(sys.argv[1:] if arguments is None else list(arguments))
+        return 0
+    except SystemExit as end:  # --help of a command
+        return end.code or 0
+    except KeyboardInterrupt:
+        print("\ngpt3: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # nobody reads any more, as in `gpt3 generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("GPT3LIB_TRACEBACK"):
+            raise
+        print(f"gpt3: {words_of(error)}", file=sys.stderr)
+        return 2

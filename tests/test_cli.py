@@ -1,0 +1,436 @@
+"""The command line: options and files of them, runs that are stopped and go on, errors in one line."""
+
+import csv
+import dataclasses
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from gpt3lib import cli, own_text, using
+from gpt3lib.cli import (
+    COMMANDS,
+    FREE,
+    CommandError,
+    ConvertConfig,
+    EvalConfig,
+    GenerateConfig,
+    TokenizeConfig,
+    TrainConfig,
+    amount,
+    as_arguments,
+    ask,
+    asked,
+    main,
+    parse_train,
+    with_stored,
+    write_config,
+)
+from gpt3lib.loading import Tokens
+
+CONFIGS = [TrainConfig, GenerateConfig, EvalConfig, TokenizeConfig, ConvertConfig]
+PROGRAM = [sys.executable, "-c", "import sys; from gpt3lib.cli import main; sys.exit(main())"]
+WORDS = "the cat sat on the mat and the dog sat by the door of the old red house while the rain fell".split()
+
+
+def text(n, seed=1):
+    dice = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(WORDS), (n,), generator=dice).tolist()
+    return " ".join(WORDS[i] for i in chosen)[:n]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of one's own, with a text in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text(text(6000))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which `gpt3 train --text` has been done once."""
+    folder = tmp_path_factory.mktemp("trained")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        Path("mine.txt").write_text(text(6000))
+        assert main(shlex.split("train --text mine.txt " + SMALL)) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+SMALL = "--n_tokens 8k --n_ctx 32 --batch_tokens 256 --n_threads 1 --save_every 4"
+
+
+def gpt3(line, capfd):
+    """Exit code, stdout and stderr of a command."""
+    capfd.readouterr()
+    code = main(shlex.split(line))
+    out = capfd.readouterr()
+    return code, out.out, out.err
+
+
+def losses(run):
+    with open(Path(run) / "log.csv", newline="") as file:
+        return [(row["step"], row["tokens"], row["loss"]) for row in csv.DictReader(file)]
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    "words, number",
+    [("20000000", 2e7), ("20_000_000", 2e7), ("2e7", 2e7), ("20M", 2e7), ("1.5k", 1500), ("300B", 3e11)],
+)
+def test_amounts(words, number):
+    assert amount(words) == number and type(amount(words)) is int
+
+
+@pytest.mark.parametrize("words", ["", "x", "1.5", "-3", "1e-3", "0.1k5", "2 M", "nan", "inf"])
+def test_what_is_no_amount(words):
+    with pytest.raises(ValueError, match="no whole number"):
+        amount(words)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_field_is_explained(kind, capsys):
+    with pytest.raises(SystemExit) as end:
+        ask(kind, ["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    for field in fields(kind):
+        words = next(mark.help for mark in field.type.__metadata__ if hasattr(mark, "help"))
+        assert words and words.split()[0] in shown
+        positional = cli.FIRST in field.type.__metadata__
+        assert positional or f"--{field.name}" in shown
+
+
+def test_hyphens_and_underscores_are_the_same():
+    assert ask(TrainConfig, ["--n-tokens", "5"]) == ask(TrainConfig, ["--n_tokens=5"])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--lr", "3"], "Unrecognized options: --lr, 3"),
+        (["--micro_bach", "3"], "perhaps you meant --micro_batch"),
+        (["--n_tokens", "many"], "'many' is no whole number"),
+        (["--peak", "high"], "--peak"),
+        (["--on_spike", "panic"], "invalid choice 'panic'"),
+        (["--seed"], "seed"),
+    ],
+)
+def test_wrong_options_become_one_line(arguments, words):
+    with pytest.raises(CommandError, match=re.escape(words)) as error:
+        ask(TrainConfig, arguments)
+    assert "\n" not in str(error.value) and "─" not in str(error.value) and "---" not in str(error.value)
+
+
+# --- files of options ---
+
+
+def test_what_is_typed_goes_before_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("size: gpt3-3m\ndata: [a, b]\nn_tokens: 2e7\npeak: 1e-3\nbf16: true\n")
+    config = parse_train(["--config", str(tmp_path / "run.yaml"), "--n_tokens", "5M", "--seed", "3"])
+    assert (config.size, config.data, config.n_tokens, config.peak) == ("gpt3-3m", ("a", "b"), 5_000_000, 1e-3)
+    assert config.bf16 and config.seed == 3
+    assert parse_train(["gpt3-1m", "--config", str(tmp_path / "run.yaml")]).size == "gpt3-1m"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("lr: 3", "no field 'lr'; there are size, text"),
+        ("config: other.yaml", "no field 'config'"),
+        ("- a\n- b", "must hold lines"),
+        ("", "must hold lines"),
+        ("a: [", "is no YAML"),
+        ("n_tokens: {a: 1}", "n_tokens must be plain"),
+        ("n_tokens: soon", "'soon' is no whole number"),
+        ("n_tokens: [1, 2]", "n_tokens must be one value"),
+        ("!!python/object/apply:os.system ['true']", "is no YAML"),
+    ],
+)
+def test_files_that_are_refused(content, words, tmp_path):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(CommandError, match=re.escape(words)):
+        parse_train(["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(CommandError, match="is no YAML that can be read"):
+        parse_train(["--config", str(tmp_path / "none.yaml")])
+
+
+PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(
+    lambda s: s.strip() == s
+)
+VALUES = {
+    "size": st.sampled_from(["gpt3-1m", "gpt3-175b"]),
+    "data": st.lists(st.sampled_from(["a", "b/c", "ü"]), min_size=1).map(tuple),
+    "weights": st.lists(st.floats(0, 1e9), min_size=1).map(tuple),
+    "n_tokens": st.integers(0, 10**12),
+    "peak": st.floats(0, 1, exclude_min=True),
+    "bf16": st.booleans(),
+    "prompt": PLAIN,
+    "keep_at": st.lists(st.integers(1, 10**9), min_size=1).map(tuple),
+    "on_spike": st.sampled_from(["stop", "skip", "rollback"]),
+}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_a_config_that_was_written_is_read_again(tmp_path_factory, given):
+    path = tmp_path_factory.mktemp("c") / "config.yaml"
+    config = TrainConfig(**given)
+    write_config(config, path)
+    assert ask(TrainConfig, as_arguments(cli.read_yaml(path), TrainConfig, path)) == config
+    assert parse_train(["--config", str(path)]) == replace(config, config=str(path))
+
+
+# --- what may change ---
+
+
+def test_what_makes_another_model_may_not_change(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_config(TrainConfig("gpt3-1m", n_tokens=100, seed=2, save_every=7), path)
+    assert with_stored(TrainConfig(), path).n_tokens == 100
+    changed = with_stored(TrainConfig("gpt3-1m", n_tokens=100, save_every=9, on_spike="skip"), path)
+    assert (changed.save_every, changed.on_spike, changed.seed) == (9, "skip", 2)
+    for fault in ({"n_tokens": 101}, {"seed": 3}, {"size": "gpt3-3m"}, {"data": ("x",)}, {"peak": 0.1}):
+        (name,) = fault
+        with pytest.raises(CommandError, match=f"{name} is .* began with .* another --out"):
+            with_stored(TrainConfig(**fault), path)
+
+
+def test_free_fields_are_fields():
+    assert {field.name for field in fields(TrainConfig)} > FREE
+    assert asked(TrainConfig()) == {} and asked(TrainConfig("x", bf16=True)) == {"size": "x", "bf16": True}
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("train --text a --data b", "not both"),
+        ("train gpt3-1m --data a b --weights 1", "1 --weights for 2 --data"),
+        ("train gpt3-1m --minutes 3", "--minutes chooses something for --text"),
+        ("train gpt3-1m --vocab_size 300", "--vocab_size chooses something for --text"),
+        ("train --text mine.txt --minutes -1", "--minutes is -1.0"),
+        ("train", "which size?"),
+        ("train gpt3-2m --data nowhere", "nowhere"),
+        ("train gpt3-1m --data mine.txt", "mine.txt"),
+        ("train gpt3-1m --device warp", "no device 'warp'"),
+        ("train --text nowhere.txt", "nowhere.txt"),
+        ("train gpt3-175b --device cpu", "needs 2,794 GB of memory"),
+        ("train gpt3-175b --device cpu --go-ahead", "nothing to learn from"),
+        ("generate nowhere/at/all hello", "no such folder"),
+        ("eval nowhere", "on which text?"),
+        ("tokenize nowhere.txt --out t", "nowhere.txt"),
+        ("tokenize mine.txt --out t --tokenizer nowhere", "nowhere"),
+        ("tokenize mine.txt --out t --vocab_size 300", "--vocab_size is for --tokenizer learn"),
+        ("tokenize mine.txt --out t --tokenizer learn --vocab_size 9", "at least 257"),
+        ("tokenize mine.txt", "--out"),
+        ("convert a b --to gpt5", "invalid choice 'gpt5'"),
+        ("trian", "no command 'trian'"),
+    ],
+)
+def test_errors_are_one_line_and_the_code_2(line, words, here, capfd):
+    code, _, error = gpt3(line, capfd)
+    assert code == 2 and error.startswith("gpt3: ") and words in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_the_unforeseen_is_one_line_too_and_tells_on_request(here, capfd, monkeypatch):
+    monkeypatch.setattr(own_text, "settled", lambda config: 1 / 0)
+    code, _, error = gpt3("train gpt3-1m", capfd)
+    assert code == 2 and error == "gpt3: ZeroDivisionError: division by zero (GPT3LIB_TRACEBACK=1 tells where)\n"
+    monkeypatch.setenv("GPT3LIB_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "gpt3-1m"])
+
+
+def test_ctrl_c_outside_a_run(here, capfd, monkeypatch):
+    def stop(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_text, "settled", stop)
+    code, _, error = gpt3("train gpt3-1m", capfd)
+    assert code == 130 and error == "\ngpt3: stopped\n"
+
+
+# --- help ---
+
+
+def test_help_begins_with_examples_and_names_every_command(capfd):
+    for line in ("--help", "-h", "help", ""):
+        code, out, _ = gpt3(line, capfd)
+        assert code == 0 and all(f"  gpt3 {name} " in out for name in COMMANDS)
+    examples = [line.split("  ")[1].strip() for line in out.splitlines() if line.startswith("  gpt3 ")]
+    assert len(examples) >= 7
+    for example in examples:  # each can be read
+        name, *options = shlex.split(example)[1:]
+        COMMANDS[name][0](options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capfd):
+    code, out, error = gpt3(f"{name} --help", capfd)
+    assert code == 0 and f"usage: gpt3 {name}" in out and not error
+
+
+# --- from a text to a model ---
+
+
+def test_one_command_makes_a_model_of_a_text(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    run = trained / "runs" / "mine"
+    assert {"config.yaml", "data", "model", "log.csv"} <= {path.name for path in run.iterdir()}
+    used = yaml.safe_load((run / "config.yaml").read_text())
+    given = {field.name for field in fields(TrainConfig)} - {"config"}
+    assert set(used) == given and used["size"] and used["peak"] and used["vocab_size"] == 257
+    assert losses(run)[-1][1] == "8000"
+    code, out, _ = gpt3("eval runs/mine", capfd)
+    loss, bits = map(float, re.search(r"loss ([\d.]+), .* ([\d.]+) bits per byte", out).groups())
+    assert code == 0 and loss < 4 and bits < 6
+    model, tokenizer = using.find_model("runs/mine", "cpu")
+    exact = using.measure(model, tokenizer, run / "data" / "held_out")
+    assert loss == pytest.approx(exact["loss"], abs=6e-4)
+
+
+def test_a_model_goes_on_with_a_prompt(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    line = "generate runs/mine 'the cat' --n_tokens 12 --seed 4"
+    code, out, _ = gpt3(line, capfd)
+    assert code == 0 and out.startswith("the cat") and gpt3(line, capfd)[1] == out
+    assert gpt3("generate runs/mine 'the cat' --n_tokens 12 --seed 5", capfd)[1] != out
+
+
+def test_a_prompt_comes_through_a_pipe_or_is_asked_for(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    (trained / "in").write_text("the dog\n")
+    with open(trained / "in") as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert gpt3("generate runs/mine --n_tokens 3 --seed 1", capfd)[1].startswith("the dog")
+
+    class Terminal:
+        def isatty(self):
+            return True
+
+    typed = iter(["the old", "the red"])
+
+    def answer(prompt):
+        for words in typed:
+            return words
+        raise EOFError
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", answer)
+    code, out, _ = gpt3("generate runs/mine --n_tokens 3 --seed 1", capfd)
+    assert code == 0 and "the old" in out and "the red" in out
+
+
+def test_ctrl_c_ends_one_text_only_when_there_are_more(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    prompts = []
+
+    def stop(model, tokenizer, prompt, *more, **ways):
+        prompts.append(prompt)
+        if prompt == "one":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(using, "write_text", stop)
+    monkeypatch.setattr(cli, "prompts", lambda config: ["one", "two"])
+    assert gpt3("generate runs/mine", capfd)[0] == 0 and prompts == ["one", "two"]
+    monkeypatch.setattr(cli, "prompts", lambda config: ["one"])
+    assert gpt3("generate runs/mine one", capfd)[0] == 130
+
+
+def test_tokens_are_written_and_trained_on(here, capfd):
+    Path("two.jsonl").write_text('{"words": "the rain"}\n{"words": "the dog"}\n')
+    code, out, _ = gpt3("tokenize mine.txt --out a --tokenizer learn --vocab_size 270", capfd)
+    assert code == 0 and "1 documents" in out and "270 ids" in out
+    code, out, _ = gpt3("tokenize two.jsonl --field words --out b --tokenizer a", capfd)
+    assert code == 0 and "2 documents" in out
+    assert Tokens("a").tokenizer.merges == Tokens("b").tokenizer.merges
+    code, _, error = gpt3("tokenize mine.txt --out a", capfd)
+    assert code == 2 and "a holds tokens already" in error
+    line = "train gpt3-100k --data a --out run --n_tokens 2k --n_ctx 32 --batch_tokens 256 --n_threads 1"
+    assert gpt3(line, capfd)[0] == 0
+    code, out, _ = gpt3("eval run --data a two.jsonl", capfd)
+    assert code == 2 and "a: loss" in out  # the second has no field "text"
+    assert gpt3("convert run neo --to gpt_neo --dtype float16", capfd)[0] == 0
+    assert gpt3("eval neo --data mine.txt", capfd)[0] == 0
+
+
+def test_a_resolved_config_makes_the_same_run_again(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    assert gpt3("train --config runs/mine/config.yaml --out again", capfd)[0] == 0
+    assert losses("again") == losses("runs/mine")
+
+
+def test_a_finished_run_and_one_with_another_text(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    before = losses("runs/mine")
+    code, out, _ = gpt3("train --text mine.txt " + SMALL, capfd)
+    assert code == 0 and "going on" in out and losses("runs/mine") == before
+    assert gpt3("train --out runs/mine", capfd)[0] == 0
+    own = Path("mine.txt").read_text()
+    Path("mine.txt").write_text(text(6000, seed=9))
+    code, _, error = gpt3("train --text mine.txt", capfd)
+    Path("mine.txt").write_text(own)
+    assert code == 2 and "not the text with which the run" in error
+    code, _, error = gpt3("train --out runs/mine --n_tokens 9k", capfd)
+    assert code == 2 and "n_tokens is 9000, but the run in runs/mine began with 8000" in error
+
+
+# --- stopped, and on: real processes ---
+
+
+def begin(folder, line):
+    """Start a command, and wait until it has taken some steps."""
+    log = open(folder / "said.txt", "w")  # noqa: SIM115
+    process = subprocess.Popen([*PROGRAM, *shlex.split(line)], cwd=folder, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not [*folder.glob("runs/*/step-*4")]:
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other signals")
+def test_killed_then_stopped_then_whole(trained, tmp_path, capfd, monkeypatch):
+    """kill -9, then Ctrl-C, then to the end: the losses of the run that nobody disturbed."""
+    (tmp_path / "mine.txt").write_text((trained / "mine.txt").read_text())
+    line = "train --text mine.txt " + SMALL
+    process = begin(tmp_path, line)
+    process.kill()
+    process.wait()
+    process = begin(tmp_path, line)
+    while "goes on" not in (tmp_path / "said.txt").read_text() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    code = process.wait(timeout=120)
+    said = (tmp_path / "said.txt").read_text()
+    assert code in (0, 130) and "Traceback" not in said  # 0: it was at its end already
+    assert code == 0 or "go on with: gpt3 train --out runs/mine" in said
+    monkeypatch.chdir(tmp_path)
+    assert gpt3(line, capfd)[0] == 0
+    assert losses("runs/mine") == losses(trained / "runs" / "mine")
+    one, other = (load_file(Path(f) / "runs/mine/model/model.safetensors") for f in (trained, tmp_path))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_configs_are_frozen():
+    for kind in CONFIGS:
+        assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen and kind.__doc__
+    assert asdict(TrainConfig())["size"] is None
