@@ -422,6 +422,21 @@ def test_roll_back_goes_on_with_the_data_behind_the_spike(tmp_path, monkeypatch)
     assert [int(row.split(",")[0]) for row in rows] == [n + 1 for n in steps]
 
 
+def test_a_second_rollback_leaves_out_more_text_and_none_twice(tmp_path, monkeypatch):
+    model, optimizer, loader, recipe = parts(60)
+    asked, read, plain = [], loader.sequences, runs.loss_of
+    steps = list(recipe.steps(16))
+    spiky = {steps[40].tokens // 16, steps[50].tokens // 16}  # these sequences are bad, whichever step reads them
+    loader.sequences = lambda first, count: asked.append(range(first, first + count)) or read(first, count)
+    monkeypatch.setattr(runs, "loss_of", lambda *batch: plain(*batch) + (5.0 if spiky & {*asked[-1]} else 0.0))
+    options = {"tensorboard": False, "on_spike": "rollback", "save_every": 6}
+    state = run(model, optimizer, loader, Store(tmp_path), recipe, **options)
+    assert state.finished and (tmp_path / "notes.txt").read_text().count("rolled back") == 2
+    assert asked[-1].stop == state.tokens // 16 + state.passed  # the clock, and what was left out
+    last = max(i for i, place in enumerate(asked) if spiky & {*place})
+    assert all(place.start > max(spiky) for place in asked[last + 1 :])
+
+
 def test_three_rollbacks_to_one_place_are_enough(tmp_path, monkeypatch):
     poisoned(monkeypatch, range(30, 10**6), math.nan)
     with pytest.raises(RunError, match="rolled back to step 15 three times, in vain"):
