@@ -260,7 +260,8 @@ def open_data(config) -> tuple[dict[str, Tokens], dict[str, float]]:
 
 def begin_text(config, device: torch.device):
     """The config of a run on texts, which lie as shards in its folder from then on."""
-    print(f"{', '.join(config.text)}: learning how to cut it into tokens …", flush=True)
+    names = ", ".join(Path(path).name for path in config.text)
+    print(f"{names}: learning how to cut it into tokens …", flush=True)
     tokens = prepare_text(config.text, Path(config.out), config.vocab_size)
     print(
         f"{len(tokens):,} tokens to learn from, {tokens.vocab_size:,} different ones, "
