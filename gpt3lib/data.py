@@ -233,12 +233,12 @@ def epochs(sizes: dict, weights: dict, total: float) -> dict[str, float]:
 
 
 FAMILY_WEIGHTS = {
-    "stories": 0.30,
-    "wikipedia": 0.25,
-    "plays": 0.15,
+    "stories": 0.25,
+    "wikipedia": 0.26,
+    "plays": 0.13,
     "bible": 0.13,
-    "speeches": 0.15,
-    "crawl": 0.02,
+    "speeches": 0.22,
+    "crawl": 0.01,
 }
 
 
