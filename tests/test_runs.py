@@ -111,6 +111,13 @@ def test_losses_read_later_are_the_same(tmp_path, whole):
     assert remains(tmp_path / "seldom") == remains(tmp_path / "broken") == whole
 
 
+def test_tokens_that_fill_no_sequence_are_left(tmp_path):
+    model, optimizer, loader, recipe = parts(6)
+    recipe = replace(recipe, n_tokens=recipe.n_tokens + 7)
+    state = run(model, optimizer, loader, Store(tmp_path), recipe, tensorboard=False)
+    assert state.finished and recipe.n_tokens - state.tokens == 7
+
+
 def test_when_checkpoints_are_made_changes_nothing(tmp_path, whole):
     go(tmp_path, save_every=7)
     assert remains(tmp_path)["rows"] == whole["rows"] and remains(tmp_path)["tensors"] == whole["tensors"]
