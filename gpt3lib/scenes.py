@@ -317,7 +317,6 @@ PARTS = {  # part of the map -> its chapter, the role of its colour, its words
     "runs": ("15_long_runs", "label", "Long runs"),
     "weights": ("24_real_weights", "weight", "Real weights"),
 }
-SOON = {"data", "loading", "recipe", "runs"}  # drawn on their own pages only, as yet
 
 
 class Map(Sheet):
@@ -333,7 +332,6 @@ class Map(Sheet):
     def part(self, name: str):
         """What is drawn inside belongs to a part: its link and its colour."""
         chapter, role, title = PARTS[name]
-        begins = len(self.parts)
         here = ' aria-current="page"' if name == self.lit else ""
         # JupyterLab replaces the plain href of a link in a drawing by an error
         self.add(f'<a xlink:href="{chapter}.ipynb" aria-label="{title}"{here}>')
@@ -342,8 +340,6 @@ class Map(Sheet):
         self.role = role if self.lit in (name, None) else "untrained"
         yield
         self.add("</a>")
-        if name in SOON - {self.lit}:
-            del self.parts[begins:]
 
     def box(self, x, y, w, words, h=26, dash="", upwards=False):
         """A box of the part, with its word."""

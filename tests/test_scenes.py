@@ -322,13 +322,6 @@ def test_films_of_any_tokens_are_well_formed(strings):
 # --- the map ---
 
 
-@pytest.mark.parametrize("part", sorted(scenes.SOON))
-def test_a_part_that_comes_soon_is_drawn_on_its_own_page_only(part):
-    link = f"{scenes.PARTS[part][0]}.ipynb"
-    assert link in scenes.whole_model(part).svg()
-    assert link not in scenes.whole_model().svg() + scenes.whole_model("training").svg()
-
-
 def lit(sheet):
     """The parts of a map that have a colour of their own."""
     root = parse(sheet)
@@ -373,8 +366,7 @@ def test_the_map_fits_its_frame(part):
 
 def test_each_chapter_with_a_number_is_on_the_map_in_the_order_of_the_book():
     links = [link.get("href") for link in parse(scenes.whole_model()).iter("a")]
-    soon = {scenes.PARTS[part][0] for part in scenes.SOON}
-    chapters = [chapter for chapter in export.CHAPTERS if chapter[0].isdigit() and chapter not in soon]
+    chapters = [chapter for chapter in export.CHAPTERS if chapter[0].isdigit()]
     assert links == [f"{chapter}.ipynb" for chapter in chapters] == sorted(links)
     for link in parse(scenes.whole_model()).iter("a"):
         assert link.get("aria-label") and link.find("title").text == link.get("aria-label")
@@ -383,7 +375,7 @@ def test_each_chapter_with_a_number_is_on_the_map_in_the_order_of_the_book():
 
 def test_without_a_part_all_have_their_colours():
     sheet = scenes.whole_model()
-    assert ink("untrained") not in sheet.svg() and len(lit(sheet)) == len(scenes.PARTS) - len(scenes.SOON)
+    assert ink("untrained") not in sheet.svg() and len(lit(sheet)) == len(scenes.PARTS)
     assert "Lit:" not in sheet.alt and "aria-current" not in sheet.svg()
     assert scenes.whole_model("cache", alt="other words").alt == "other words"
 

@@ -586,7 +586,9 @@ def test_the_shipped_model_is_the_one_the_manifest_names():
     folder = DATA / "models" / "shakespeare-1m"
     for name in ("model.safetensors", "config.json"):
         assert sha256((folder / name).read_bytes()).hexdigest() == entry[name], name
-    assert GPTConfig(**json.loads((folder / "config.json").read_text())) == GPTConfig.from_name("gpt3-1m", n_ctx=256, bandwidth=256)
+    assert GPTConfig(**json.loads((folder / "config.json").read_text())) == GPTConfig.from_name(
+        "gpt3-1m", n_ctx=256, bandwidth=256
+    )
 
 
 def test_the_shipped_model_passes_the_bigram_line(tokenizer):

@@ -46,13 +46,15 @@ def module_section(name: str, source: str) -> str:
 
 def package_table(source: str) -> str:
     """The names that `import gpt3lib` gives, with the module each comes from."""
-    rows = [
-        (alias.name, node.module.removeprefix("gpt3lib."))
+    homes = next(
+        ast.literal_eval(node.value)
         for node in ast.parse(source).body
-        if isinstance(node, ast.ImportFrom) and node.module != "gpt3lib"
-        for alias in node.names
+        if isinstance(node, ast.Assign) and node.targets[0].id == "HOMES"
+    )
+    lines = [
+        f"| `gpt3lib.{name}` | [{home}](#gpt3lib{home}) |"
+        for name, home in homes.items()
     ]
-    lines = [f"| `gpt3lib.{name}` | [{home}](#gpt3lib{home}) |" for name, home in rows]
     return "\n".join(["| name | from |", "|---|---|", *sorted(lines)])
 
 
