@@ -168,6 +168,7 @@ def kill_at_events(folder, first, stride):
 
 def get_signal(folder, name):
     """A run that gets a signal after its 7th step, while its terminal is gone."""
+    signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup, under which the tests may run, ignores SIGHUP
     ours, terminal = os.openpty()
     for stream in (1, 2):
         os.dup2(terminal, stream)
