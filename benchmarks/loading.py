@@ -22,7 +22,7 @@ from gpt3lib.loading import Loader, read_documents, write_tokens
 from gpt3lib.texts import DATA, corpus
 from gpt3lib.tokenization import Tokenizer
 from gpt3lib.training import make_optimizer
-from race import processor
+from machine import processor
 
 GIGABYTE = 10**9
 

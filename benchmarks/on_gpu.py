@@ -31,6 +31,7 @@ import on_gpu_family as family
 import on_gpu_parts as parts
 from gpt3lib.files import write_beside
 from gpt3lib.texts import DATA
+from machine import processor
 from on_gpu_parts import Results, say
 
 
@@ -153,7 +154,7 @@ def about(options, part: str) -> dict:
         place = own.index("--out")
         del own[place : place + 2]
     device = parts.device_of(options)
-    name = torch.cuda.get_device_name() if device == "cuda" else parts.processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return {
         "device": name,
         "torch": torch.__version__,

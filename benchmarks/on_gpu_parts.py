@@ -6,7 +6,6 @@ A function of each part lists its jobs, another does one of them. options.cpu: t
 import itertools
 import json
 import math
-import platform
 import random
 import statistics
 import sys
@@ -46,15 +45,6 @@ def need_gpu() -> None:
     """Stop, with the reason, where there is none."""
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU here; --cpu runs the same code on tiny sizes")
-
-
-def processor() -> str:
-    """The name of the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 class Results:

@@ -15,7 +15,6 @@ import datetime
 import functools
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -37,6 +36,7 @@ from gpt3lib.model import chunked_loss, loss_slowly
 from gpt3lib.sparse_attention import banded_flops
 from gpt3lib.texts import DATA
 from gpt3lib.training import make_optimizer
+from machine import processor
 from plain_gpt import PlainGPT
 
 SHAPE = {"n_layers": 6, "d_model": 384, "n_heads": 6}
@@ -355,15 +355,6 @@ def compiled() -> dict:
 
 PARTS = {"step": step, "bf16": bf16, "long": long, "decode": decode, "flat": flat, "memory": memory}
 PARTS["compile"] = compiled
-
-
-def processor() -> str:
-    """The name of the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

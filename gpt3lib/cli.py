@@ -265,13 +265,13 @@ def with_stored(config: TrainConfig, path: Path) -> TrainConfig:
 
 def write_config(config: TrainConfig, path: Path) -> None:
     """The config as YAML, with which `gpt3 train --config` makes the run again."""
+    from gpt3lib.files import write_beside
+
     told = {k: list(v) if type(v) is tuple else v for k, v in asdict(config).items()}
     del told["config"]
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_beside(path, text.encode())
 
 
 def choose_tokenizer(config: TokenizeConfig):
@@ -431,6 +431,7 @@ Kill a run whenever you like: the same command goes on where it was. Each comman
 has --help. Options of a run can stand in a YAML file, --config run.yaml; all that
 were used are written next to the run.
 """
+
 
 COMMANDS = {  # name: its options, what does it
     "train": (parse_train, run_train),

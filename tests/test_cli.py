@@ -39,16 +39,10 @@ from gpt3lib.cli import (
     write_config,
 )
 from gpt3lib.loading import Tokens
+from samples import text
 
 CONFIGS = [TrainConfig, GenerateConfig, EvalConfig, TokenizeConfig, ConvertConfig]
 PROGRAM = [sys.executable, "-c", "import sys; from gpt3lib.cli import main; sys.exit(main())"]
-WORDS = "the cat sat on the mat and the dog sat by the door of the old red house while the rain fell".split()
-
-
-def text(n, seed=1):
-    dice = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(WORDS), (n,), generator=dice).tolist()
-    return " ".join(WORDS[i] for i in chosen)[:n]
 
 
 @pytest.fixture
