@@ -7,14 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from gpt3lib.cache import KVCache, Reader, check_request, stream
-from gpt3lib.files import is_whole
-from gpt3lib.generation import (
-    PromptError,
-    as_float,
-    check_logits,
-    check_model,
-    last_logits,
-)
+from gpt3lib.files import as_float, is_whole
+from gpt3lib.generation import PromptError, check_logits, check_model, last_logits
 from gpt3lib.sparse_attention import banded_mask
 
 

@@ -60,10 +60,39 @@ def is_whole(value, least: int = 1) -> bool:
     return whole and value >= least
 
 
+def as_float(value) -> float:
+    """A real number, Python's or numpy's, as a float; nan for all else, and for bools.
+
+    A number that is too large for a float is nan too.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        return float(value if real else "nan")
+    except OverflowError:
+        return float("nan")
+
+
+class Refusal(Exception):
+    """The base of errors for bad input: they say what is wrong and what is right."""
+
+    @classmethod
+    def unless(cls, fine, problem: str) -> None:
+        """Raise this error with these words unless all is fine."""
+        if not fine:
+            raise cls(problem)
+
+    @classmethod
+    def unless_whole(cls, name: str, value, least: int = 1) -> int:
+        """The value as Python's int, which never overflows, if it is whole enough."""
+        problem = f"{name} is {value!r}; it must be a whole number, {least} or more"
+        cls.unless(is_whole(value, least), problem)
+        return int(value)
+
+
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class WeightsError(ValueError):
+class WeightsError(Refusal, ValueError):
     """A model that is damaged, incomplete, out of reach, or none that GPT can be.
 
     The message names the file and says what to do.

@@ -1,29 +1,15 @@
 """Text comes out one token at a time: read, choose the next, append it, read again."""
 
 # Made from book/08_generation.ipynb by tools/export.py; edit the chapter.
-import numbers
-
 import torch
 
 from gpt3lib.embeddings import check_tokens
-from gpt3lib.files import is_whole
+from gpt3lib.files import as_float, is_whole
 
 
 # What is refused; the workshop at the end of this page has a table of it.
 class PromptError(ValueError):
     """A prompt without a token, or a sampling setting that leaves nothing to sample."""
-
-
-def as_float(value) -> float:
-    """A real number, Python's or numpy's, as a float; nan for all else, and for bools.
-
-    A number that is too large for a float is nan too.
-    """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    try:
-        return float(value if real else "nan")
-    except OverflowError:
-        return float("nan")
 
 
 def check_settings(temperature, top_k, top_p, generator=None) -> None:
