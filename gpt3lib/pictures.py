@@ -163,9 +163,7 @@ class Sheet:
         self.text(x + width / 2, y + 18, words, role, size=15, mono=True)
         return width
 
-    def cells(
-        self, x, y, numbers, role="stream", cell=22, scale=None, values=False
-    ) -> None:
+    def cells(self, x, y, numbers, role="stream", cell=22, scale=None, values=False):
         """A grid of coloured cells from a list of rows.
 
         With values=True each number is written in its cell, too.
@@ -250,7 +248,9 @@ class Picture(Sheet):
         if start >= stop:
             when = f"from step {start:g} until step {stop:g}"
             raise PictureError(f"nothing can be seen {when}")
-        self.add((start, stop, *arrive))
+        glides, (dx, dy) = any(arrive), arrive
+        way = f' style="--x:{px(dx)}px;--y:{px(dy)}px"' * glides
+        self.add(((start, stop, glides), way))
         yield
         self.add("</g>")
         self.span = outer
@@ -260,32 +260,26 @@ class Picture(Sheet):
         groups = [part for part in self.parts if isinstance(part, tuple)]
         if not groups:
             return super().svg()
-        ends = [start + 1 if stop == inf else stop for start, stop, *_ in groups]
+        spans = [*dict.fromkeys(span for span, _ in groups)]  # a class for each
+        ends = [start + 1 if stop == inf else stop for start, stop, _ in spans]
         n_steps = ceil(max(ends))
-        spans = {}  # (start, stop, glides) -> class; places are not part of a name
-        for start, stop, dx, dy in groups:
-            spans.setdefault((start, stop, bool(dx or dy)), len(spans))
-        timing = repr((self.alt, self.seconds, list(spans)))
+        timing = repr((self.alt, self.seconds, spans))  # places are not part of a name
         name = "p" + sha256(timing.encode()).hexdigest()[:8]
         film = n_steps, self.seconds
-        rules = [keyframes(f"{name}-{i}", span, *film) for span, i in spans.items()]
+        rules = [keyframes(f"{name}-{i}", spans[i], *film) for i in range(len(spans))]
         rules.append(f".{name}:is(:hover,:focus) g{{animation-play-state:paused}}")
         media = "screen and (prefers-reduced-motion:no-preference)"
         parts = [f"<style>@media {media}{{{''.join(rules)}}}</style>"]
         for part in self.parts:
             if isinstance(part, tuple):
-                start, stop, dx, dy = part
-                glides = bool(dx or dy)
-                far = f' style="--x:{px(dx)}px;--y:{px(dy)}px"' * glides
-                look = f'class="{name}-{spans[start, stop, glides]}"{far}'
-                part = f'<g {look} opacity="{int(stop >= n_steps)}">'
+                span, way = part
+                look = f'class="{name}-{spans.index(span)}"{way}'
+                part = f'<g {look} opacity="{int(span[1] >= n_steps)}">'
             parts.append(part)
         return super().svg(parts, f' class="{name}" tabindex="0"')
 
 
-def wrap(
-    strings, left=4.0, top=4.0, right=WIDTH - 4, row=34, widths=None
-) -> tuple[list[tuple], float]:
+def wrap(strings, left=4.0, top=4.0, right=WIDTH - 4, row=34, widths=None) -> tuple:
     """Places (x, y, width) for tokens in lines, and the y below the last line.
 
     The lines go from `left` to `right`; a new one begins `row` pixels below.
@@ -307,9 +301,7 @@ def token_row(picture: Picture, strings, places, roles="input") -> None:
         picture.token(x, y, string, role, width)
 
 
-def tokens(
-    strings: list[str], alt: str, roles: list[str] | str = "input", ids=None
-) -> Picture:
+def tokens(strings, alt: str, roles: list[str] | str = "input", ids=None) -> Picture:
     """A strip of tokens, wrapped to the page's width, with their ids below if given."""
     names = [] if ids is None else [str(int(i)) for i in ids]
     widths = [max(map(token_width, pair)) for pair in zip(strings, names)]
@@ -359,16 +351,6 @@ def matrix(
     return picture
 
 
-def attention_map(weights, strings: list[str], alt: str, cell=30) -> Picture:
-    """A (T, T) matrix of attention weights: a row looks at its columns.
-
-    What the mask forbids, the half above the diagonal, stays empty.
-    """
-    allowed = [row[: i + 1] for i, row in enumerate(weights)]
-    look = {"cell": cell, "scale": 1.0, "names": "input"}
-    return matrix(allowed, alt, "stream", strings, strings, **look)
-
-
 INK = "#757575"  # what matplotlib draws with; in the page it becomes the text's colour
 CYCLE = ["stream", "weight", "trained", "input", "output", "label", "untrained"]
 
@@ -399,15 +381,13 @@ def plot_style_value(style: str) -> str:
     A role's colour becomes its variable, every grey the ink, white nothing.
     """
     style = re.sub(r"font-family:[^;]*;?|\s", "", style.lower())
+    style = style.replace("#ffffff", "none")
     for role, value in ROLES.items():
         style = style.replace(value, colour(role))
-    style = re.sub(
-        r"#([0-9a-f]{2})\1\1", colour("ink"), style.replace("#ffffff", "none")
-    )
+    style = re.sub(r"#([0-9a-f]{2})\1\1", colour("ink"), style)
     style = re.sub(r"opacity:[\d.]+", lambda m: f"opacity:{float(m[0][8:]):.2g}", style)
-    style = re.sub(
-        r"size:[\d.]+", lambda m: f"size:{max(12, float(m[0][5:])):g}", style
-    )
+    legible = lambda m: f"size:{max(12, float(m[0][5:])):g}"
+    style = re.sub(r"size:[\d.]+", legible, style)
     return re.sub(r"(width|array|offset):[\d.,]+", lambda m: plot_place(m[0]), style)
 
 

@@ -17,17 +17,13 @@ from gpt3lib.pictures import (
 )
 
 
-def model_box(
-    picture: Picture, y: float, words: str, role="trained", x=70.0, width=300.0
-) -> None:
+def model_box(picture, y, words: str, role="trained", x=70.0, width=300.0) -> None:
     """A model as a box 46 px high."""
     picture.rect(x, y, width, 46, role, fill=0.12, line=2.5, round=10)
     picture.text(x + width / 2, y + 28, words, role, size=16, bold=True)
 
 
-def feed(
-    picture: Picture, strings, places, y: float, step: float, role="input", middle=220
-) -> None:
+def feed(picture, strings, places, y, step, role="input", middle=220) -> None:
     """A copy of the tokens sinks, within a step, into a model whose box is at y.
 
     middle: of the box, in pixels from the left.
@@ -84,8 +80,8 @@ def guess_list(picture: Picture, x, y, width, guesses, full: float, label=None) 
         long = max(1.0, (width - column - 60) * float(chance) / full)
         picture.token(x, y, token, role, column)
         picture.rect(x + column + 6, y + 4, long, 18, role, fill=0.5, line=0, round=2)
-        words = f"{float(chance):.1%}"
-        picture.text(x + column + 11 + long, y + 18, words, anchor="start")
+        left = x + column + 11 + long
+        picture.text(left, y + 18, f"{float(chance):.1%}", anchor="start")
         y += 32
 
 
@@ -123,8 +119,7 @@ def one_at_a_time(prompt, output, alt: str) -> Picture:
     places, y = wrap([*prompt, *output], top=30)
     seconds = min(1.0, 12 / max(1, len(output)))
     picture = Picture(WIDTH, y + 108, alt, seconds)
-    words = "the prompt, and what has been said so far"
-    picture.text(4, 18, words, anchor="start")
+    picture.text(4, 18, "the prompt, and what has been said so far", anchor="start")
     token_row(picture, prompt, places)
     feed(picture, prompt, places, y + 14, step=0)
     for i, (string, place) in enumerate(zip(output, places[len(prompt) :])):
@@ -337,6 +332,7 @@ class Map(Sheet):
         self.add(f'<a xlink:href="{chapter}.ipynb" aria-label="{title}"{here}>')
         self.add(f"<title>{title}</title>")
         self.bright = name == self.lit
+        self.thick = 2.5 if self.bright else 1.5
         self.role = role if self.lit in (name, None) else "untrained"
         yield
         self.add("</a>")
@@ -355,20 +351,18 @@ class Map(Sheet):
 
     def way(self, *points, head=True):
         """Straight lines through the points, with a head at the end."""
-        line = 2.5 if self.bright else 1.5
         corners = [*points[:-1]] if head else [*points]
         path = "M" + "L".join(f"{x},{y}" for x, y in corners)
         if len(corners) > 1:
-            self.add(f'<path d="{path}" fill="none" {stroke(self.role, line)}/>')
+            self.add(f'<path d="{path}" fill="none" {stroke(self.role, self.thick)}/>')
         if head:
-            self.arrow(*points[-2], *points[-1], self.role, line)
+            self.arrow(*points[-2], *points[-1], self.role, self.thick)
 
     def plus(self, x, y):
         """A sum: a circle on the stream, with a horizontal stroke."""
-        line = 2.5 if self.bright else 1.5
-        place = f'cx="{x}" cy="{y}" r="8" fill="none"'
-        self.add(f"<circle {place} {stroke(self.role, line)}/>")
-        self.line(x - 8, y, x + 8, y, self.role, line)
+        look = f'fill="none" {stroke(self.role, self.thick)}'
+        self.add(f'<circle cx="{x}" cy="{y}" r="8" {look}/>')
+        self.line(x - 8, y, x + 8, y, self.role, self.thick)
 
 
 def draw_decoder(sheet: Map) -> None:
@@ -385,44 +379,6 @@ def draw_decoder(sheet: Map) -> None:
     sheet.box(107, 210, 46, "norm", h=20)
 
 
-def draw_training(sheet: Map) -> None:
-    """The loss between logits and label, and the way back to the weights."""
-    sheet.way((190, 253), (222, 253))
-    sheet.box(222, 240, 60, "loss")
-    sheet.way((252, 278), (252, 266))
-    sheet.box(222, 278, 60, "label")
-    sheet.way((282, 253), (393, 253), (393, 176))
-    sheet.word(340, 247, "update")
-
-
-def draw_reading(sheet: Map) -> None:
-    """Where the text of training comes from: cleaned, then dealt out."""
-    with sheet.part("data"):
-        sheet.box(370, 4, 58, "data")
-        sheet.way((370, 17), (356, 17))
-    with sheet.part("loading"):
-        sheet.box(288, 4, 66, "loading")
-        sheet.way((288, 17), (268, 17))
-
-
-def draw_long_training(sheet: Map) -> None:
-    """What steers the updates, and what keeps them safe for a month."""
-    with sheet.part("recipe"):
-        sheet.box(292, 278, 58, "recipe")
-        sheet.way((321, 278), (321, 257))
-    with sheet.part("runs"):
-        sheet.box(356, 278, 76, "long runs")
-        sheet.way((393, 278), (393, 257))
-
-
-def draw_generation(sheet: Map) -> None:
-    """The next token, and its way back to the tokens."""
-    sheet.way((130, 266), (130, 278))
-    sheet.box(70, 278, 120, "next token")
-    sheet.way((70, 291), (22, 291), (22, 198), head=False)
-    sheet.way((22, 112), (22, 17), (70, 17))
-
-
 ALT = (
     "The whole model. Text becomes tokens; embeddings make vectors of them; a straight "
     "line, the residual stream, runs through L layers, to which attention and MLP add; "
@@ -430,8 +386,8 @@ ALT = (
 )
 
 
-def draw_way_in(sheet: Map) -> None:
-    """Text becomes tokens, tokens become vectors; the same table is the way out."""
+def draw_model(sheet: Map) -> None:
+    """Text becomes tokens, tokens vectors; the layers; the same table is the way out."""
     with sheet.part("tokens"):
         sheet.box(70, 4, 120, "tokens")
         sheet.way((130, 30), (130, 42))
@@ -439,10 +395,6 @@ def draw_way_in(sheet: Map) -> None:
         sheet.box(70, 42, 120, "embeddings")
         sheet.word(198, 60, "token + position", "start")
         sheet.box(70, 240, 120, "logits")
-
-
-def draw_layers(sheet: Map) -> None:
-    """What stands inside the frame of the layers."""
     with sheet.part("attention"):
         sheet.box(206, 96, 76, "attention")
     with sheet.part("band"):
@@ -453,18 +405,42 @@ def draw_layers(sheet: Map) -> None:
         sheet.box(66, 166, 44, "× L")
 
 
-def draw_around(sheet: Map) -> None:
-    """What a model in use or in training has besides."""
+def draw_use(sheet: Map) -> None:
+    """The next token and its way back to the tokens; what makes that fast."""
+    with sheet.part("generation"):
+        sheet.way((130, 266), (130, 278))
+        sheet.box(70, 278, 120, "next token")
+        sheet.way((70, 291), (22, 291), (22, 198), head=False)
+        sheet.way((22, 112), (22, 17), (70, 17))
     with sheet.part("cache"):
         sheet.box(358, 96, 70, "cache")
         sheet.way((358, 109), (338, 109))
         sheet.word(393, 139, "keys, values")
     with sheet.part("decoding"):
         sheet.box(6, 112, 32, "many texts", h=86, upwards=True)
-    draw_reading(sheet)
+
+
+def draw_learning(sheet: Map) -> None:
+    """Text is cleaned and dealt out; the loss, and its way back to the weights."""
+    with sheet.part("data"):
+        sheet.box(370, 4, 58, "data")
+        sheet.way((370, 17), (356, 17))
+    with sheet.part("loading"):
+        sheet.box(288, 4, 66, "loading")
+        sheet.way((288, 17), (268, 17))
     with sheet.part("training"):
-        draw_training(sheet)
-    draw_long_training(sheet)
+        sheet.way((190, 253), (222, 253))
+        sheet.box(222, 240, 60, "loss")
+        sheet.way((252, 278), (252, 266))
+        sheet.box(222, 278, 60, "label")
+        sheet.way((282, 253), (393, 253), (393, 176))
+        sheet.word(340, 247, "update")
+    with sheet.part("recipe"):
+        sheet.box(292, 278, 58, "recipe")
+        sheet.way((321, 278), (321, 257))
+    with sheet.part("runs"):
+        sheet.box(356, 278, 76, "long runs")
+        sheet.way((393, 278), (393, 257))
     with sheet.part("weights"):
         sheet.box(358, 150, 70, "weights")
         sheet.way((358, 163), (346, 163))
@@ -484,9 +460,6 @@ def whole_model(lit: str | None = None, alt: str | None = None) -> Map:
     sheet.line(130, 230, 130, 240, stream, 3)
     sheet.text(236, 22, "text", anchor="start")
     sheet.arrow(230, 17, 194, 17)
-    draw_way_in(sheet)
-    draw_layers(sheet)
-    with sheet.part("generation"):
-        draw_generation(sheet)
-    draw_around(sheet)
+    for draw in (draw_model, draw_use, draw_learning):
+        draw(sheet)
     return sheet
