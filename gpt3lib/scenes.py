@@ -387,7 +387,7 @@ ALT = (
 
 
 def draw_model(sheet: Map) -> None:
-    """Text becomes tokens, tokens vectors; the layers; the same table is the way out."""
+    """Text becomes tokens, tokens vectors; the layers; the same table leads out."""
     with sheet.part("tokens"):
         sheet.box(70, 4, 120, "tokens")
         sheet.way((130, 30), (130, 42))
