@@ -36,10 +36,8 @@ class LayerCache:
         """
         start, stop = self.length, self.length + k.shape[2]
         if stop > self.n_slots:
-            raise ContextError(
-                f"{stop} tokens do not fit into a cache of {self.n_slots} slots; "
-                "make a larger one"
-            )
+            words = f"{stop} tokens do not fit into a cache of {self.n_slots} slots"
+            raise ContextError(f"{words}; make a larger one")
         self.reserve(k)
         self.keys.narrow(2, start, stop - start).copy_(k)
         self.values.narrow(2, start, stop - start).copy_(v)
@@ -135,46 +133,37 @@ ALONE = (
     *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity),
     *(nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sequential, nn.ModuleList),
 )
+KINDS = {"dense": CausalSelfAttention, "banded": BandedSelfAttention}
 CALL = ("__call__", "_call_impl", "forward")
-SELF = (*CALL, "heads", "look")
 
-# the functions that a cache and OneStep rely on, as they are now
-OWN = {
-    cls: {name: getattr(cls, name) for name in names}
-    for cls, names in {
-        **dict.fromkeys((*ALONE, Block, MLP), CALL),
-        **dict.fromkeys((CausalSelfAttention, BandedSelfAttention), SELF),
-        Embeddings: (*CALL, "unembed"),
-        GPT: ("hidden",),
-    }.items()
+# class -> names of the functions that a cache and OneStep rely on; as they are now
+KNOWN = {
+    **dict.fromkeys((*ALONE, Block, MLP), CALL),
+    **dict.fromkeys(KINDS.values(), (*CALL, "heads", "look")),
+    Embeddings: (*CALL, "unembed"),
+    GPT: ("hidden",),
 }
+OWN = {(cls, name): getattr(cls, name) for cls in KNOWN for name in KNOWN[cls]}
 
 
 def is_known(part) -> bool:
-    """Whether a part is of a class in OWN, on plain tensors, with nothing hung on it.
+    """Whether a part is of a class in KNOWN, on plain tensors, with nothing hung on it.
 
     Also of a class of this library that is written with one, such as OPT's table, and a
     GPT whose hidden is not another. What torch.compile wraps may be looked into.
     """
     cls = type(part)
     wrapper = cls.__module__ == "torch._dynamo.eval_frame"
-    known = cls in OWN or wrapper or getattr(cls, "hidden", None) is GPT.hidden
+    known = cls in KNOWN or wrapper or getattr(cls, "hidden", None) is GPT.hidden
     if issubclass(cls, nn.Embedding) and cls.__call__ is nn.Embedding.__call__:
         known = known or cls.forward.__module__.startswith("gpt3lib.")
-    exchanged = any(
-        callable(value) and name != "_compiled_call_impl" and not wrapper
-        for name, value in vars(part).items()
-    )
-    return (
-        known
-        and not exchanged
-        and not (part._forward_hooks or part._forward_pre_hooks)
-        and not (part._backward_hooks or part._backward_pre_hooks)
-        and all(
-            type(getattr(part, name, None)) in (nn.Parameter, torch.Tensor, type(None))
-            for name in ("weight", "bias")
-        )
-    )
+    called = {name for name, value in vars(part).items() if callable(value)}
+    exchanged = called - {"_compiled_call_impl"} and not wrapper
+    hooks = (part._forward_hooks, part._forward_pre_hooks)
+    hooks += (part._backward_hooks, part._backward_pre_hooks)
+    kinds = {type(getattr(part, name, None)) for name in ("weight", "bias")}
+    plain = kinds <= {nn.Parameter, torch.Tensor, type(None)}
+    return known and plain and not exchanged and not any(hooks)
 
 
 def function_of(part):
@@ -186,17 +175,13 @@ def function_of(part):
     return part
 
 
-def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x @ weight + bias."""
+def product(x, weight, bias) -> torch.Tensor:
+    """x @ weight + bias, if there is one."""
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def add_product(
-    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x + y @ weight + bias."""
+def add_product(x, y, weight, bias) -> torch.Tensor:
+    """x + y @ weight + bias, if there is one."""
     x = torch.addmm(x, y, weight)
     return x if bias is None else x.add_(bias)
 
@@ -238,9 +223,6 @@ class OneStep:
         return self.embeddings.unembed(x)
 
 
-KINDS = {"dense": CausalSelfAttention, "banded": BandedSelfAttention}
-
-
 def uncompiled(part):
     """What torch.compile wrapped, or the part itself."""
     return getattr(part, "_orig_mod", part)
@@ -253,11 +235,8 @@ def may_cache(model) -> bool:
     of a known class exchanged since this module was imported.
     """
     model, kinds = uncompiled(model), model.config.kinds
-    if nn.modules.module._has_any_global_hook() or not all(
-        getattr(cls, name) is function
-        for cls, functions in OWN.items()
-        for name, function in functions.items()
-    ):
+    exchanged = any(getattr(*place) is not OWN[place] for place in OWN)
+    if exchanged or nn.modules.module._has_any_global_hook():
         return False
     blocks = [uncompiled(block) for block in model.blocks]
     return (
@@ -288,9 +267,8 @@ def is_plain(model) -> bool:
             a, mlp = block.attention, block.mlp
             linears = (a.wq, a.wk, a.wv, a.wo, mlp.up, mlp.down)
             parts += [(linear, nn.Linear) for linear in linears]
-    return all(type(part) is cls for part, cls in parts) and not any(
-        part._compiled_call_impl for part in model.modules()
-    )
+    compiled = any(part._compiled_call_impl for part in model.modules())
+    return not compiled and all(type(part) is cls for part, cls in parts)
 
 
 class Reader:
@@ -379,12 +357,11 @@ def check_request(
 ) -> None:
     """Everything that can be wrong with a call of generate, said before any work."""
     check_call(model, tokens, max_new_tokens, temperature, top_k, top_p, generator)
-    n_ctx, vocab_size = model.config.n_ctx, model.config.vocab_size
-    if tokens.shape[1] > n_ctx:
+    n, n_ctx = tokens.shape[1], model.config.n_ctx
+    if n > n_ctx:
         raise ContextError(
-            f"the prompt has {tokens.shape[1]} tokens, the context {n_ctx}; shorten it"
+            f"the prompt has {n} tokens, the context {n_ctx}; shorten it"
         )
-    if stop is not None and not (is_whole(stop, least=0) and stop < vocab_size):
-        raise PromptError(
-            f"stop is {stop!r}; it must be one token id, 0 to {vocab_size - 1}"
-        )
+    last = model.config.vocab_size - 1
+    words = f"stop is {stop!r}; it must be one token id, 0 to {last}"
+    PromptError.unless(stop is None or is_whole(stop, least=0) and stop <= last, words)

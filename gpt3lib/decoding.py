@@ -13,11 +13,11 @@ from gpt3lib.sparse_attention import banded_mask
 
 
 # What is refused; the workshop at the end of this page has a table of it.
-def as_list(items):
-    """A sequence, tensor or array as a list; None for text and for a single thing."""
+def as_list(items) -> list:
+    """A sequence, tensor or array as a list; [None] for text and for a single thing."""
     items = items.tolist() if hasattr(items, "tolist") else items
     several = isinstance(items, Iterable) and not isinstance(items, (str, bytes, dict))
-    return list(items) if several else None
+    return list(items) if several else [None]
 
 
 def is_id(value) -> bool:
@@ -27,22 +27,14 @@ def is_id(value) -> bool:
 
 def check_prompts(prompts) -> list[list[int]]:
     """The prompts as lists. Raises PromptError for none, an empty one, or text."""
-    prompts = as_list(prompts)
-    rows = None if prompts is None else [as_list(ids) for ids in prompts]
-    if rows is None or not all(
-        ids is not None and all(is_id(i) for i in ids) for ids in rows
-    ):
-        raise PromptError(
-            "prompts must be a list of lists of ids; encode each text first"
-        )
-    prompts = [[int(i) for i in ids] for ids in rows]
-    if not prompts or not all(prompts):
-        empty = [i for i, ids in enumerate(prompts) if not ids]
-        where = f"prompt {empty[0]} is empty" if prompts else "there are no prompts"
-        raise PromptError(
-            f"{where}; start a text from nothing with the end-of-text token"
-        )
-    return prompts
+    rows = [as_list(ids) for ids in as_list(prompts)]
+    words = "prompts must be a list of lists of ids; encode each text first"
+    PromptError.unless(all(is_id(i) for ids in rows for i in ids), words)
+    right = "start a text from nothing with the end-of-text token"
+    PromptError.unless(rows, f"there are no prompts; {right}")
+    for n, ids in enumerate(rows):
+        PromptError.unless(ids, f"prompt {n} is empty; {right}")
+    return [[int(i) for i in ids] for ids in rows]
 
 
 def check_search(tokens: torch.Tensor, width: int, length_penalty: float) -> None:
@@ -50,34 +42,27 @@ def check_search(tokens: torch.Tensor, width: int, length_penalty: float) -> Non
 
     More than one prompt, no beams, or a penalty that rewards shortness.
     """
-    if len(tokens) != 1:
-        raise PromptError(
-            f"beam search takes one prompt (1, T), got {len(tokens)}; call it for each"
-        )
-    if not is_whole(width):
-        raise PromptError(f"width is {width!r}; at least 1 text must be kept")
+    words = f"beam search takes one prompt (1, T), got {len(tokens)}; call it for each"
+    PromptError.unless(len(tokens) == 1, words)
+    words = f"width is {width!r}; at least 1 text must be kept"
+    PromptError.unless(is_whole(width), words)
     # a comparison with nan is false, so nan is refused too
-    if not 0 <= as_float(length_penalty) < float("inf"):
-        raise PromptError(
-            f"length_penalty is {length_penalty!r}; "
-            "use 0 for none, or a positive number"
-        )
+    words = (
+        f"length_penalty is {length_penalty!r}; use 0 for none, or a positive number"
+    )
+    PromptError.unless(0 <= as_float(length_penalty) < float("inf"), words)
 
 
 def check_tokenizer(tokenizer) -> None:
     """Raise PromptError for a thing that has not what write_on uses of a Tokenizer."""
     names = ("encode", "decode_bytes", "vocab_size")
     missing = [name for name in names if not hasattr(tokenizer, name)]
-    if missing:
-        raise PromptError(
-            f"the tokenizer is a {type(tokenizer).__name__} without "
-            f"{', '.join(missing)}; pass a gpt3lib.Tokenizer"
-        )
+    kind, without = type(tokenizer).__name__, ", ".join(missing)
+    words = f"the tokenizer is a {kind} without {without}; pass a gpt3lib.Tokenizer"
+    PromptError.unless(not missing, words)
 
 
-def pad_left(
-    prompts: list[list[int]], fill: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(prompts: list[list[int]], fill=0) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts of any lengths -> (B, T) ids that end in one column, and (B,) pads.
 
     A pad counts the empty tracks before a text. fill: the id on empty tracks, at which
@@ -183,9 +168,8 @@ def beam_search(model, tokens, max_new_tokens, width=4, length_penalty=0.6, stop
     finished = []  # (score, new ids)
     while n < max_new_tokens and len(live):
         logits, n = read(tokens), n + 1  # (beams, vocab_size)
-        check_logits(
-            logits.amax(dim=-1, keepdim=True).cpu()
-        )  # numbers come back anyway
+        # numbers come back anyway
+        check_logits(logits.amax(dim=-1, keepdim=True).cpu())
         totals = live[:, None] + logits.float().log_softmax(dim=-1)
         if stop is not None:
             finished += scored(totals[:, stop], tokens[:, n_prompt:], n, length_penalty)
@@ -236,8 +220,7 @@ class PaddedLayer:
         n_queries = k.shape[2]
         k, v, _ = self.cache.append(k, v)
         n_keys = k.shape[2]
-        bandwidth = self.bandwidth or n_keys
-        mask = banded_mask(n_queries, n_keys, bandwidth, k.device)
+        mask = banded_mask(n_queries, n_keys, self.bandwidth or n_keys, k.device)
         gone = self.length - n_keys  # a ring has forgotten the first tracks
         return k, v, hide_padding(mask, self.pad - gone)
 
@@ -256,9 +239,7 @@ class PaddedCache(KVCache):
         return (super().tracks(tokens) - self.pad[:, None]).clamp(min=0)
 
 
-def read_in_portions(
-    model, tokens, cache: PaddedCache, size: int = 256
-) -> torch.Tensor:
+def read_in_portions(model, tokens, cache, size: int = 256) -> torch.Tensor:
     """last_logits of padded texts, so that no mask is larger than (size, T)."""
     *first, last = tokens.split(size, dim=1)
     for portion in first:

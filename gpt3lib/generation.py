@@ -4,32 +4,26 @@
 import torch
 
 from gpt3lib.embeddings import check_tokens
-from gpt3lib.files import as_float, is_whole
+from gpt3lib.files import Refusal, as_float, is_whole
 
 
 # What is refused; the workshop at the end of this page has a table of it.
-class PromptError(ValueError):
+class PromptError(Refusal, ValueError):
     """A prompt without a token, or a sampling setting that leaves nothing to sample."""
 
 
 def check_settings(temperature, top_k, top_p, generator=None) -> None:
     """Raise PromptError unless something is left to choose from, and a die for it."""
     # a comparison with nan is false, so nan is refused too
-    if not 0 <= as_float(temperature) < float("inf"):
-        raise PromptError(
-            f"temperature is {temperature!r}; use 0 for greedy, or a positive number"
-        )
-    if top_k is not None and not is_whole(top_k):
-        raise PromptError(
-            f"top_k is {top_k!r}; at least 1 token must stay, a whole number"
-        )
-    if top_p is not None and not 0 < as_float(top_p) <= 1:
-        raise PromptError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise PromptError(
-            f"generator is {generator!r}; it must be a torch.Generator, such as "
-            "torch.Generator().manual_seed(0)"
-        )
+    words = f"temperature is {temperature!r}; use 0 for greedy, or a positive number"
+    PromptError.unless(0 <= as_float(temperature) < float("inf"), words)
+    words = f"top_k is {top_k!r}; at least 1 token must stay, a whole number"
+    PromptError.unless(top_k is None or is_whole(top_k), words)
+    words = f"top_p is {top_p!r}; it must be above 0 and at most 1"
+    PromptError.unless(top_p is None or 0 < as_float(top_p) <= 1, words)
+    right = "a torch.Generator, such as torch.Generator().manual_seed(0)"
+    words = f"generator is {generator!r}; it must be {right}"
+    PromptError.unless(isinstance(generator, torch.Generator | None), words)
 
 
 def check_model(model) -> torch.Tensor:
@@ -40,44 +34,30 @@ def check_model(model) -> torch.Tensor:
     except AttributeError:
         kind = type(model).__name__
         raise PromptError(f"the model is a {kind}; it must be a GPT") from None
-    if len(table) != vocab_size:
-        raise PromptError(
-            f"the model's token table has {len(table)} rows, its config says "
-            f"vocab_size = {vocab_size}; make them equal"
-        )
+    says = f"its config says vocab_size = {vocab_size}; make them equal"
+    words = f"the model's token table has {len(table)} rows, {says}"
+    PromptError.unless(len(table) == vocab_size, words)
     n_rows = len(getattr(wpe, "weight", range(n_ctx))) - getattr(wpe, "offset", 0)
-    if n_rows < n_ctx:
-        raise PromptError(
-            f"the model's position table has {n_rows} rows, its config says "
-            f"n_ctx = {n_ctx}; every track needs one"
-        )
-    if table.is_meta:
-        raise PromptError(
-            "the model is on the meta device and has no numbers; load its weights first"
-        )
+    says = f"its config says n_ctx = {n_ctx}; every track needs one"
+    words = f"the model's position table has {n_rows} rows, {says}"
+    PromptError.unless(n_rows >= n_ctx, words)
+    words = "the model is on the meta device and has no numbers; load its weights first"
+    PromptError.unless(not table.is_meta, words)
     return table
 
 
 def check_prompt(model, tokens) -> None:
     """Raise PromptError or TokenError unless the model can read on from the tokens."""
-    table = check_model(model)
+    table, right = check_model(model), "for one prompt use torch.tensor([ids])"
     is_tensor = isinstance(tokens, torch.Tensor)
-    if not is_tensor or tokens.dim() != 2:
-        kind = f"a {type(tokens).__name__}"
-        got = f"shape {tuple(tokens.shape)}" if is_tensor else kind
-        raise PromptError(
-            f"tokens must be a tensor (B, T), got {got}; "
-            "for one prompt use torch.tensor([ids])"
-        )
-    if tokens.shape[1] == 0:
-        raise PromptError(
-            "the prompt is empty; start a text from nothing with the end-of-text token"
-        )
-    if tokens.device != table.device:
-        raise PromptError(
-            f"the tokens are on {tokens.device}, the model on {table.device}; "
-            f"use tokens.to({str(table.device)!r})"
-        )
+    got = f"shape {tuple(tokens.shape)}" if is_tensor else f"a {type(tokens).__name__}"
+    words = f"tokens must be a tensor (B, T), got {got}; {right}"
+    PromptError.unless(is_tensor and tokens.dim() == 2, words)
+    words = "the prompt is empty; start a text from nothing with the end-of-text token"
+    PromptError.unless(tokens.shape[1] > 0, words)
+    here, home = tokens.device, table.device
+    words = f"the tokens are on {here}, the model on {home}; use tokens.to('{home}')"
+    PromptError.unless(here == home, words)
     check_tokens(tokens.cpu(), len(table))  # one look per request, on any device
 
 
@@ -86,17 +66,11 @@ def check_call(
 ) -> None:
     """Raise PromptError or TokenError for a text that cannot be written."""
     check_prompt(model, tokens)
-    if not is_whole(max_new_tokens, least=0):
-        raise PromptError(
-            f"max_new_tokens is {max_new_tokens!r}; "
-            "it must be 0 or more, a whole number"
-        )
-    where = getattr(generator, "device", tokens.device)
-    if isinstance(where, torch.device) and where.type != tokens.device.type:
-        raise PromptError(
-            f"the generator is on {where.type}, the tokens on "
-            f"{tokens.device.type}; put both on one device"
-        )
+    PromptError.unless_whole("max_new_tokens", max_new_tokens, least=0)
+    here, where = tokens.device.type, getattr(generator, "device", None)
+    die = where.type if isinstance(where, torch.device) else here
+    words = f"the generator is on {die}, the tokens on {here}; put both on one device"
+    PromptError.unless(die == here, words)
     check_settings(temperature, top_k, top_p, generator)
 
 

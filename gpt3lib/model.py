@@ -15,77 +15,53 @@ from torch.nn import functional as F
 
 from gpt3lib.attention import CausalSelfAttention
 from gpt3lib.embeddings import Embeddings, check_length, check_tokens, is_traced
-from gpt3lib.files import is_whole
+from gpt3lib.files import Refusal, is_whole
 from gpt3lib.sparse_attention import BandedSelfAttention
 from gpt3lib.tokenization import TokenError
 
 
 # What a model refuses; the workshop at the end of this page has a table of it.
-class ConfigError(ValueError):
+class ConfigError(Refusal, ValueError):
     """A model configuration that contradicts itself, or a name that no model has."""
 
 
 def check_config(config: "GPTConfig") -> None:
     """Raise ConfigError, saying what would be right, unless a model can be so."""
-    numbers = (
-        "vocab_size",
-        "n_ctx",
-        "n_layers",
-        "d_model",
-        "n_heads",
-        "d_head",
-        "bandwidth",
-    )
-    for name in numbers:
-        value = getattr(config, name)
-        if not is_whole(value):
-            raise ConfigError(
-                f"{name} is {value!r}; it must be a whole number, 1 or more"
-            )
-        object.__setattr__(config, name, int(value))  # numpy's too; JSON wants Python's
-    if config.n_heads * config.d_head != config.d_model:
-        raise ConfigError(
-            f"n_heads · d_head = {config.n_heads} · {config.d_head} = "
-            f"{config.n_heads * config.d_head} is not d_model = {config.d_model}; "
-            "the heads must share out the width exactly"
-        )
-    kinds = config.attention
-    known = ("dense", "banded")
-    if type(kinds) is not tuple or not kinds or any(k not in known for k in kinds):
-        raise ConfigError(
-            f"attention is {kinds!r}; it must be a tuple of 'dense' and 'banded', "
-            "one at least"
-        )
+    for name in "vocab_size n_ctx n_layers d_model n_heads d_head bandwidth".split():
+        value = ConfigError.unless_whole(name, getattr(config, name))
+        object.__setattr__(config, name, value)  # numpy's too; JSON wants Python's
+    n_heads, d_head, d_model = config.n_heads, config.d_head, config.d_model
+    width, right = n_heads * d_head, "the heads must share out the width exactly"
+    words = f"n_heads · d_head = {n_heads} · {d_head} = {width} is not d_model = "
+    ConfigError.unless(width == d_model, f"{words}{d_model}; {right}")
+    kinds, right = config.attention, "a tuple of 'dense' and 'banded', one at least"
+    fine = type(kinds) is tuple and all(kind in ("dense", "banded") for kind in kinds)
+    words = f"attention is {kinds!r}; it must be {right}"
+    ConfigError.unless(fine and kinds, words)
 
 
 def check_targets(tokens: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> None:
     """Raise TokenError unless every token has one target, an id of the vocabulary."""
     check_tokens(targets, vocab_size)
     if tokens.shape != targets.shape:
-        raise TokenError(
-            f"tokens {tuple(tokens.shape)} and targets {tuple(targets.shape)} "
-            "must have one shape"
-        )
+        both = f"tokens {tuple(tokens.shape)} and targets {tuple(targets.shape)}"
+        raise TokenError(f"{both} must have one shape")
 
 
 def check_beginning(config: "GPTConfig", seed: int) -> None:
     """Raise ConfigError unless a model can be made of these two."""
-    if not isinstance(config, GPTConfig):
-        raise ConfigError(
-            f"config is {config!r}; it must be a GPTConfig, such as "
-            "GPTConfig.from_name('gpt3-1m')"
-        )
-    if not is_whole(seed, -math.inf):
-        raise ConfigError(f"seed is {seed!r}; it must be a whole number")
+    right = "a GPTConfig, such as GPTConfig.from_name('gpt3-1m')"
+    words = f"config is {config!r}; it must be {right}"
+    ConfigError.unless(isinstance(config, GPTConfig), words)
+    words = f"seed is {seed!r}; it must be a whole number"
+    ConfigError.unless(is_whole(seed, -math.inf), words)
 
 
 def check_table(table: torch.Tensor, vocab_size: int) -> None:
     """Raise ConfigError unless the token table has a row for each id of the config."""
     if table.shape[0] != vocab_size:
-        raise ConfigError(
-            f"the token table has {table.shape[0]} rows, but config.vocab_size is "
-            f"{vocab_size}; make them equal"
-        )
+        says = f"but config.vocab_size is {vocab_size}; make them equal"
+        raise ConfigError(f"the token table has {table.shape[0]} rows, {says}")
 
 
 NO_TARGET = -(2**63)  # torch would skip -100, its ignore_index; we skip nothing
@@ -125,9 +101,7 @@ class GPTConfig:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of each layer, from the first up."""
-        return tuple(
-            self.attention[i % len(self.attention)] for i in range(self.n_layers)
-        )
+        return (self.attention * self.n_layers)[: self.n_layers]
 
     @property
     def d_ff(self) -> int:
@@ -140,11 +114,10 @@ class GPTConfig:
 
         changes: fields that are to differ, such as n_ctx. Raises ConfigError.
         """
-        if name not in filled(SIZES, "sizes"):
-            raise ConfigError(
-                f"no model is called {name!r}; there are {', '.join(SIZES)}"
-            )
-        return cls(**SIZES[name] | changes)
+        sizes = filled(SIZES, "sizes")
+        words = f"no model is called {name!r}; there are {', '.join(sizes)}"
+        ConfigError.unless(name in sizes, words)
+        return cls(**sizes[name] | changes)
 
 
 class MLP(nn.Module):
@@ -208,9 +181,7 @@ def initialise(model: nn.Module, n_layers: int, seed: int = 0) -> None:
             p.copy_(normal(p.shape, std, seed, name))
 
 
-def loss_slowly(
-    h: torch.Tensor, wte: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def loss_slowly(h, wte, targets) -> torch.Tensor:
     """(B, T, d_model), the token table, (B, T) ids -> loss, all logits at once."""
     logits = F.linear(h, wte).flatten(0, -2)  # (B · T, vocab_size)
     exact = torch.promote_types(logits.dtype, torch.float32)  # float16 adds badly
@@ -293,9 +264,7 @@ class LossInPieces(torch.autograd.Function):
         return *(g if g is None else times(g, share).to(h.dtype) for g in grads), None
 
 
-def chunked_loss(
-    h: torch.Tensor, wte: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def chunked_loss(h, wte, targets) -> torch.Tensor:
     """The same as loss_slowly, with the logits of 256 tracks at a time.
 
     Where torch traces or transforms (see is_traced) it is loss_slowly.

@@ -657,7 +657,7 @@ WRONG = [
     ((OK + 23, 3), {}, TokenError, "token id 23 is not in the vocabulary; ids go from 0 to 22"),
     ((OK - 1, 3), {}, TokenError, "token id -1 "),
     ((OK.float(), 3), {}, TokenError, "must be integers"),
-    ((OK, -1), {}, PromptError, "max_new_tokens is -1; it must be 0 or more"),
+    ((OK, -1), {}, PromptError, "max_new_tokens is -1; it must be a whole number, 0 or more"),
     ((OK, 3), {"temperature": -0.1}, PromptError, "temperature is -0.1; use 0 for greedy, or a positive number"),
     ((OK, 3), {"temperature": math.nan}, PromptError, "temperature is nan"),
     ((OK, 3), {"temperature": INF}, PromptError, "temperature is inf"),

@@ -353,7 +353,7 @@ def test_wrong_settings(named, message):
 
 @pytest.mark.parametrize("wrong", [-1, 2.0, True, "2", None])
 def test_the_number_of_new_tokens_is_a_whole_number(wrong):
-    with pytest.raises(PromptError, match="max_new_tokens is .*; it must be 0 or more"):
+    with pytest.raises(PromptError, match="max_new_tokens is .*; it must be a whole number, 0 or more"):
         generate_slowly(lively(), torch.tensor([[1]]), wrong)
 
 
