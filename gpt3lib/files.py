@@ -121,14 +121,11 @@ def writing(folder: Path) -> Iterator[None]:
                 raise OSError(f"{name} is a folder")
         yield
     except (OSError, SafetensorError) as error:
-        raise WeightsError(
-            f"{folder} cannot be written ({error}); make room there, or choose another"
-        ) from error
+        right = "make room there, or choose another"
+        raise WeightsError(f"{folder} cannot be written ({error}); {right}") from error
 
 
-def write_folder(
-    folder: Path, tensors: dict, header: dict[str, str], config: str
-) -> None:
+def write_folder(folder: Path, tensors: dict, header: dict, config: str) -> None:
     """Write model.safetensors and config.json; a kill leaves a model that loads.
 
     Raises WeightsError.
@@ -150,10 +147,7 @@ def shards(tensors: dict, shard_bytes: int) -> list[dict]:
 
     Raises WeightsError for a size below 1.
     """
-    if not is_whole(shard_bytes):
-        raise WeightsError(
-            f"shard_bytes is {shard_bytes!r}; it must be at least 1, a whole number"
-        )
+    shard_bytes = WeightsError.unless_whole("shard_bytes", shard_bytes)
     groups, room = [], 0
     for name, tensor in tensors.items():
         if not groups or tensor.nbytes > room:
@@ -196,19 +190,16 @@ def scan(path: Path) -> tuple[dict, dict]:
     """
     try:
         with safe_open(path, "pt") as file:
-            names = file.keys()
-            slices = {name: file.get_slice(name) for name in names}
-            found = {
-                name: (path, tuple(part.get_shape()), part.get_dtype())
-                for name, part in slices.items()
-            }
+            found, names = {}, file.keys()
+            for name in names:
+                part = file.get_slice(name)
+                found[name] = (path, tuple(part.get_shape()), part.get_dtype())
             return found, file.metadata() or {}
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error})") from error
     except SafetensorError as error:
-        raise WeightsError(
-            f"{path} is damaged ({error}); copy or save it again"
-        ) from error
+        words = f"{path} is damaged ({error}); copy or save it again"
+        raise WeightsError(words) from error
 
 
 def scan_shards(index: Path) -> tuple[dict, dict]:
@@ -218,22 +209,17 @@ def scan_shards(index: Path) -> tuple[dict, dict]:
         places, about = dict(raw["weight_map"]), dict(raw.get("metadata") or {})
         files = {Path(file).name: {} for file in places.values()}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise WeightsError(
-            f"{index} is damaged ({error!r}); copy or save the model again"
-        ) from error
+        words = f"{index} is damaged ({error!r}); copy or save the model again"
+        raise WeightsError(words) from error
     for file in files:
-        if not (index.parent / file).is_file():
-            raise WeightsError(
-                f"{index.parent} has no {file}, which its index names; "
-                "copy or download that file too"
-            )
-        files[file] = scan(index.parent / file)[0]
+        place, right = index.parent / file, "copy or download that file too"
+        words = f"{index.parent} has no {file}, which its index names; {right}"
+        WeightsError.unless(place.is_file(), words)
+        files[file] = scan(place)[0]
     for name, file in places.items():
-        if name not in files.get(file, {}):
-            raise WeightsError(
-                f"{index} says that {name} lies in {file}, but it does not; "
-                "copy or save them again"
-            )
+        there, right = name in files.get(file, {}), "copy or save them again"
+        words = f"{index} says that {name} lies in {file}, but it does not; {right}"
+        WeightsError.unless(there, words)
     return {name: files[file][name] for name, file in places.items()}, about
 
 
@@ -308,11 +294,9 @@ def check_tensors(folder: Path, wanted: dict, found: dict) -> None:
         expected = wanted.get(name, "no such tensor")
         if shape != expected:
             raise WeightsError(f"{folder}: {name} is {shape}, expected {expected}{why}")
-        if dtype not in FLOATS.values():
-            raise WeightsError(
-                f"{folder}: {name} holds {dtype}; "
-                "it must be F64, F32, F16 or BF16, not quantised"
-            )
+        right = "it must be F64, F32, F16 or BF16, not quantised"
+        words = f"{folder}: {name} holds {dtype}; {right}"
+        WeightsError.unless(dtype in FLOATS.values(), words)
 
 
 def check_dtype(dtype) -> None:
@@ -341,10 +325,8 @@ def impatient(seconds: float = 7, tries: int = 2) -> Iterator[None]:
 
     asked, hooks = Counter(), get_session().event_hooks
     seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", seconds))
-    for name, value in {
-        "READ_TIMEOUT": f"{seconds:g}s",
-        "RETRY_MAX_ATTEMPTS": "1",
-    }.items():
+    limits = {"READ_TIMEOUT": f"{seconds:g}s", "RETRY_MAX_ATTEMPTS": "1"}
+    for name, value in limits.items():
         os.environ.setdefault(f"HF_XET_CLIENT_{name}", value)  # its other client's
 
     def place(asks):  # other threads may ask the same at the same time
@@ -493,9 +475,6 @@ def check_same(module: nn.Module, twin: nn.Module) -> None:
 
 def pick_device() -> torch.device:
     """A CUDA card, else Apple's MPS, else the CPU; GPT3LIB_DEVICE names another."""
-    name = os.environ.get("GPT3LIB_DEVICE")
-    if name is None and torch.cuda.is_available():
-        name = "cuda"
-    elif name is None and torch.backends.mps.is_available():
-        name = "mps"
-    return torch.device(name or "cpu")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    best = "cuda" if cuda else "mps" if mps else "cpu"
+    return torch.device(os.environ.get("GPT3LIB_DEVICE", best) or "cpu")

@@ -297,7 +297,7 @@ def test_addresses_and_ones_home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "1GB", True, None])
 def test_a_size_that_is_none(tmp_path, size):
-    words = f"shard_bytes is {size!r}; it must be at least 1, a whole number"
+    words = f"shard_bytes is {size!r}; it must be a whole number, 1 or more"
     assert complaint(write_shards, tmp_path / "x", NUMBERS, {}, "{}", size) == words
     assert not (tmp_path / "x").exists()
 
