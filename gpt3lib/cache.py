@@ -234,22 +234,17 @@ def may_cache(model) -> bool:
     Then what is kept of the past stays right. Every part must be known, and no function
     of a known class exchanged since this module was imported.
     """
-    model, kinds = uncompiled(model), model.config.kinds
+    model, config = uncompiled(model), model.config
     exchanged = any(getattr(*place) is not OWN[place] for place in OWN)
     if exchanged or nn.modules.module._has_any_global_hook():
         return False
+    known = all(map(is_known, model.modules())) and type(model.embeddings) is Embeddings
     blocks = [uncompiled(block) for block in model.blocks]
-    return (
-        all(map(is_known, model.modules()))
-        and type(model.embeddings) is Embeddings
-        and len(blocks) == len(kinds)
-        and all(
-            type(block) is Block
-            and type(block.attention) is KINDS[kind]
-            and (kind == "dense" or block.attention.bandwidth == model.config.bandwidth)
-            for block, kind in zip(blocks, kinds)
-        )
-    )
+    if not known or any(type(block) is not Block for block in blocks):
+        return False
+    looks, widths = [block.attention for block in blocks], {"banded": config.bandwidth}
+    found = [(type(look), getattr(look, "bandwidth", None)) for look in looks]
+    return found == [(KINDS[kind], widths.get(kind)) for kind in config.kinds]
 
 
 def is_plain(model) -> bool:

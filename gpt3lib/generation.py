@@ -61,9 +61,7 @@ def check_prompt(model, tokens) -> None:
     check_tokens(tokens.cpu(), len(table))  # one look per request, on any device
 
 
-def check_call(
-    model, tokens, max_new_tokens, temperature, top_k, top_p, generator
-) -> None:
+def check_call(model, tokens, max_new_tokens, temperature, top_k, top_p, generator):
     """Raise PromptError or TokenError for a text that cannot be written."""
     check_prompt(model, tokens)
     PromptError.unless_whole("max_new_tokens", max_new_tokens, least=0)

@@ -3,7 +3,6 @@ your eyes."""
 
 # Made from book/13_training.ipynb by tools/export.py; edit the chapter.
 import math
-import numbers
 from collections.abc import Iterable
 from contextlib import nullcontext
 
@@ -11,11 +10,11 @@ import torch
 from torch import nn
 
 from gpt3lib.embeddings import check_tokens
-from gpt3lib.files import is_whole
+from gpt3lib.files import Refusal, as_float, is_whole
 
 
 # What training refuses; the workshop at the end of this page has a table of it.
-class TrainingError(ValueError):
+class TrainingError(Refusal, ValueError):
     """A run that cannot start, or must stop because its numbers are none any more."""
 
 
@@ -24,98 +23,75 @@ def check_text(tokens: torch.Tensor, vocab_size: int | None = None) -> None:
 
     Raises TokenError for an id that a vocabulary of this size does not have.
     """
-    kind = type(tokens).__name__
-    if isinstance(tokens, torch.Tensor):
+    kind, fine = type(tokens).__name__, isinstance(tokens, torch.Tensor)
+    if fine:
         kind = f"{tuple(tokens.shape)} {tokens.dtype}"
-        if tokens.dim() == 1 and tokens.dtype in (torch.int64, torch.int32):
-            if vocab_size is not None and len(tokens):
-                check_tokens(tokens[None], vocab_size)
-            return
-    raise TrainingError(
-        f"tokens must be one long tensor of ids, (N,) torch.int64, not {kind}; "
-        "use torch.tensor(ids), or pack"
-    )
+        fine = tokens.dim() == 1 and tokens.dtype in (torch.int64, torch.int32)
+    words = f"tokens must be one long tensor of ids, (N,) torch.int64, not {kind}"
+    TrainingError.unless(fine, f"{words}; use torch.tensor(ids), or pack")
+    if vocab_size is not None and len(tokens):
+        check_tokens(tokens[None], vocab_size)
 
 
-def check_windows(
-    tokens: torch.Tensor, n_ctx: int, n_windows: int = 1
-) -> tuple[int, int]:
+def check_windows(tokens, n_ctx: int, n_windows: int = 1) -> tuple[int, int]:
     """Raise TrainingError unless `tokens` holds a window: n_ctx inputs, and targets.
 
     n_windows, how many of them are wanted, and n_ctx must be whole numbers from 1 on;
     both come back as Python's, which never overflow.
     """
     check_text(tokens)
-    for name, number in (("n_ctx", n_ctx), ("the number of windows", n_windows)):
-        if not is_whole(number):
-            raise TrainingError(
-                f"{name} is {number!r}; it must be a whole number, 1 or more"
-            )
-    if len(tokens) <= n_ctx:
-        raise TrainingError(
-            f"{len(tokens)} tokens hold no window of {n_ctx} + 1; "
-            "use a longer text or a smaller n_ctx"
-        )
-    return int(n_ctx), int(n_windows)
+    n_ctx = TrainingError.unless_whole("n_ctx", n_ctx)
+    n_windows = TrainingError.unless_whole("the number of windows", n_windows)
+    words = f"{len(tokens)} tokens hold no window of {n_ctx} + 1"
+    right = "use a longer text or a smaller n_ctx"
+    TrainingError.unless(len(tokens) > n_ctx, f"{words}; {right}")
+    return n_ctx, n_windows
 
 
 def check_starts(starts: torch.Tensor, n_places: int) -> None:
     """Raise TrainingError unless `starts` are places in 0 … n_places - 1."""
     check_text(starts)
     if len(starts) and not 0 <= starts.min() <= starts.max() < n_places:
-        raise TrainingError(
-            f"starts go from {starts.min()} to {starts.max()}; "
-            f"windows start at 0 to {n_places - 1}"
-        )
+        words = f"starts go from {starts.min()} to {starts.max()}"
+        raise TrainingError(f"{words}; windows start at 0 to {n_places - 1}")
 
 
 def check_learner(model: nn.Module) -> None:
     """Raise TrainingError unless this can be trained: it has a config and a loss."""
-    if not hasattr(model, "config") or not hasattr(model, "loss"):
-        raise TrainingError(f"model is a {type(model).__name__}; it must be a GPT")
+    words = f"model is a {type(model).__name__}; it must be a GPT"
+    TrainingError.unless(hasattr(model, "config") and hasattr(model, "loss"), words)
 
 
 def check_seed(seed: int, name: str = "seed") -> None:
     """Raise TrainingError for a seed that is no whole number, or a gigantic one."""
-    if not is_whole(seed, -(2**43)) or seed > 2**43:
-        raise TrainingError(f"{name} is {seed!r}; choose a whole number of 12 digits")
+    words = f"{name} is {seed!r}; choose a whole number of 12 digits"
+    TrainingError.unless(is_whole(seed, -(2**43)) and seed <= 2**43, words)
 
 
 def check_run(n_steps, batch_size, warmup, peak) -> tuple:
     """The four as Python's numbers; TrainingError for what makes no sense."""
-    if not is_whole(n_steps) or not is_whole(batch_size):
-        raise TrainingError(
-            f"n_steps is {n_steps!r} and batch_size {batch_size!r}; "
-            "both must be at least 1, and whole numbers"
-        )
-    if not is_whole(warmup, 0) or warmup > n_steps:
-        raise TrainingError(
-            f"warmup is {warmup!r}, but there are {n_steps} steps; "
-            f"choose 0 to {n_steps}, a whole number"
-        )
-    is_number = isinstance(peak, numbers.Real) and not isinstance(peak, bool)
-    if not is_number or not 0 <= peak <= torch.finfo(torch.double).max:  # nan is not
-        raise TrainingError(f"peak is {peak!r}; it must be a number, 0 or more")
-    return int(n_steps), int(batch_size), int(warmup), float(peak)
+    n_steps = TrainingError.unless_whole("n_steps", n_steps)
+    batch_size = TrainingError.unless_whole("batch_size", batch_size)
+    right = f"choose 0 to {n_steps}, a whole number"
+    words = f"warmup is {warmup!r}, but there are {n_steps} steps; {right}"
+    TrainingError.unless(is_whole(warmup, 0) and warmup <= n_steps, words)
+    words = f"peak is {peak!r}; it must be a number, 0 or more"
+    TrainingError.unless(0 <= as_float(peak) < math.inf, words)  # nan is not
+    return n_steps, batch_size, int(warmup), float(peak)
 
 
 def check_ways(on_step, bf16: bool) -> None:
     """Raise TrainingError unless on_step can be called, or is None; bf16 is a bool."""
-    if on_step is not None and not callable(on_step):
-        raise TrainingError(f"on_step is {on_step!r}; it must be a function, or None")
-    if not isinstance(bf16, bool):
-        raise TrainingError(f"bf16 is {bf16!r}; it must be True or False")
+    words = f"on_step is {on_step!r}; it must be a function, or None"
+    TrainingError.unless(on_step is None or callable(on_step), words)
+    words = f"bf16 is {bf16!r}; it must be True or False"
+    TrainingError.unless(isinstance(bf16, bool), words)
 
 
-def check_packer(tokenizer) -> None:
-    """Raise TrainingError unless this turns texts into ids."""
-    if not hasattr(tokenizer, "to_tiktoken"):
-        kind = type(tokenizer).__name__
-        raise TrainingError(f"tokenizer is a {kind}; it must be a Tokenizer")
-
-
-def check_documents(documents: Iterable[str]) -> list[str]:
-    """The documents as a list. Raises TrainingError unless each of them is a text."""
+def check_documents(tokenizer, documents: Iterable[str]) -> list[str]:
+    """The documents as a list. TrainingError for other things, or another tokenizer."""
+    words = f"tokenizer is a {type(tokenizer).__name__}; it must be a Tokenizer"
+    TrainingError.unless(hasattr(tokenizer, "to_tiktoken"), words)
     if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
         kind = type(documents).__name__
         raise TrainingError(f"documents is a {kind}; for one text use [text]")
@@ -129,28 +105,21 @@ def check_documents(documents: Iterable[str]) -> list[str]:
 
 def check_bigrams(train, validation, vocab_size: int, weight: float) -> None:
     """Raise TrainingError or TokenError for what bigram_loss cannot count."""
-    if not is_whole(vocab_size) or vocab_size >= 2**31:
-        raise TrainingError(
-            f"vocab_size is {vocab_size!r}; it must be a whole number, 1 to 2**31 - 1"
-        )
+    words = f"vocab_size is {vocab_size!r}; it must be a whole number, 1 to 2**31 - 1"
+    TrainingError.unless(is_whole(vocab_size) and vocab_size < 2**31, words)
     for tokens in (train, validation):
         check_text(tokens, vocab_size)
-    if len(validation) < 2:
-        raise TrainingError(
-            f"{len(validation)} validation tokens hold no pair; 2 are the least"
-        )
-    is_number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight <= 1:
-        raise TrainingError(f"weight is {weight!r}; it must be a share, 0 to 1")
+    words = f"{len(validation)} validation tokens hold no pair; 2 are the least"
+    TrainingError.unless(len(validation) >= 2, words)
+    words = f"weight is {weight!r}; it must be a share, 0 to 1"
+    TrainingError.unless(0 <= as_float(weight) <= 1, words)
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
     """Raise TrainingError when a loss or the length of a gradient is not finite."""
-    if not math.isfinite(loss + norm):
-        raise TrainingError(
-            f"step {step}: loss {loss}, gradient {norm}; "
-            "lower peak, or look at the data"
-        )
+    right = "lower peak, or look at the data"
+    words = f"step {step}: loss {loss}, gradient {norm}; {right}"
+    TrainingError.unless(math.isfinite(loss + norm), words)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -174,10 +143,9 @@ def pack(tokenizer, documents: Iterable[str]) -> torch.Tensor:
     That is how GPT-3's training text was laid out ([B20] App. B). Raises TrainingError
     for one text instead of a list of them, and for a tokenizer that is none.
     """
-    check_packer(tokenizer)
+    documents, ids = check_documents(tokenizer, documents), []
     encode = tokenizer.to_tiktoken("packing").encode_ordinary
-    ids = []
-    for document in check_documents(documents):
+    for document in documents:
         ids += [tokenizer.end_of_text, *encode(document)]
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -185,19 +153,15 @@ def pack(tokenizer, documents: Iterable[str]) -> torch.Tensor:
 HELD_OUT = 26  # every 26th document is kept for validation
 
 
-def training_and_validation(
-    tokenizer, documents: Iterable[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def training_and_validation(tokenizer, documents: Iterable[str]) -> tuple:
     """Two long tensors: documents to train on, and every 26th, which is held out."""
-    documents = check_documents(documents)
+    documents = check_documents(tokenizer, documents)
     kept = [document for i, document in enumerate(documents) if i % HELD_OUT]
     return pack(tokenizer, kept), pack(tokenizer, documents[::HELD_OUT])
 
 
-def windows(
-    tokens: torch.Tensor, n_ctx: int, starts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (B, n_ctx) of the windows at `starts` (B,).
+def windows(tokens, n_ctx: int, starts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (B, n_ctx) of the windows of (N,) tokens at `starts` (B,).
 
     A target is the next token. Raises TrainingError for a text without such windows.
     """

@@ -64,10 +64,8 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             return Tokenizer.load(path)
     if vocab_size == 50257:
         return Tokenizer.gpt2()
-    raise WeightsError(
-        f"{folder} has no merges.txt, and none of {vocab_size:,} ids is known; "
-        "put the model's own there"
-    )
+    words = f"{folder} has no merges.txt, and none of {vocab_size:,} ids is known"
+    raise WeightsError(f"{words}; put the model's own there")
 
 
 def find_model(name: str, device: str | None = None) -> tuple[GPT, Tokenizer]:
@@ -102,10 +100,9 @@ def write_text(model: GPT, tokenizer: Tokenizer, prompt: str, n_tokens: int, **w
 def loss_of_text(model: GPT, ids: torch.Tensor) -> float:
     """The nats that a row of ids costs, all but its first, in windows side by side."""
     n_ctx, total = model.config.n_ctx, 0.0
-    starts = torch.arange(0, len(ids) - 1, n_ctx)
-    for start in starts.tolist():
-        inputs, targets = ids[start : start + n_ctx], ids[start + 1 : start + n_ctx + 1]
-        inputs = inputs[: len(targets)]
+    for start in range(0, len(ids) - 1, n_ctx):
+        targets = ids[start + 1 : start + n_ctx + 1]
+        inputs = ids[start : start + len(targets)]
         pair = (part[None].to(device_of(model)) for part in (inputs, targets))
         total += model.loss(*pair).item() * len(targets)
     return total
@@ -139,10 +136,9 @@ def text_ids(path: str, tokenizer: Tokenizer, limit: int) -> tuple[torch.Tensor,
     if (Path(path) / MANIFEST).is_file():
         tokens = Tokens(path)
         if tokens.tokenizer.merges != tokenizer.merges:
-            raise LoadingError(
-                f"{path} was written by another tokenizer than the model's; its ids "
-                "mean other texts. Give the text itself"
-            )
+            words = f"{path} was written by another tokenizer than the model's"
+            right = "its ids mean other texts. Give the text itself"
+            raise LoadingError(f"{words}; {right}")
         return tokens[: limit + 1], tokens.bytes_per_token
     texts, end = whole_texts([path], limit=16 * limit), tokenizer.end_of_text
     encode = tokenizer.to_tiktoken("measure").encode_ordinary
@@ -192,10 +188,8 @@ def check_kind(model: GPT, kind: str) -> None:
     """Raise WeightsError unless a model of this kind can be this one."""
     fits = layout_for(model.config)
     if kind == "gpt2" and fits != kind:
-        raise WeightsError(
-            f"a GPT-2 has dense layers only, and this model is a {fits}; "
-            "a gpt_neo has banded ones too"
-        )
+        words = f"a GPT-2 has dense layers only, and this model is a {fits}"
+        raise WeightsError(f"{words}; a gpt_neo has banded ones too")
     if kind == "gpt_neo" and fits == "opt":
         raise WeightsError("an OPT cannot be a GPT-Neo; a gpt3lib can be anything")
     if kind not in ("gpt2", "gpt_neo", "gpt3lib"):
