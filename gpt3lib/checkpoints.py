@@ -16,10 +16,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from gpt3lib.files import Stored, WeightsError, is_whole, scan, sha256
+from gpt3lib.files import Refusal, Stored, WeightsError, scan, sha256
 
 
-class RunError(RuntimeError):
+class RunError(Refusal, RuntimeError):
     """A run that cannot start, go on or be saved; the message says what would help."""
 
 
@@ -29,20 +29,9 @@ def writes(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{path} cannot be written ({error}); finished checkpoints are whole. "
-            "Make room, or look who may write there, and start the same run again"
-        ) from error
-
-
-def check_counts(**counts) -> None:
-    """Raise RunError unless each is a whole number, from the least it may be on.
-
-    counts: name = (value, least).
-    """
-    for name, (value, least) in counts.items():
-        if not is_whole(value, least):
-            raise RunError(f"{name} is {value!r}; it must be whole, {least} or more")
+        right = "Make room, or look who may write there, and start the same run again"
+        words = f"{path} cannot be written ({error}); finished checkpoints are whole. "
+        raise RunError(words + right) from error
 
 
 def say(text: str) -> None:
@@ -100,10 +89,8 @@ def check_same_run(folder: Path, old, new, name: str = "") -> None:
             inner = f"{name}.{key}".lstrip(".")
             check_same_run(folder, old.get(key), new.get(key), inner)
     elif old != new:
-        raise RunError(
-            f"{name} is {new!r}, but the run in {folder} began with {old!r}; "
-            "give it that again, or another folder"
-        )
+        words = f"{name} is {new!r}, but the run in {folder} began with {old!r}; "
+        raise RunError(words + "give it that again, or another folder")
 
 
 class Store:
@@ -114,15 +101,37 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, keep_last: int = 3, keep_at=()):
-        check_counts(keep_last=(keep_last, 1))
-        for place in keep_at:
-            check_counts(keep_at=(place, 1))
         self.folder = Path(folder).expanduser()
-        self.keep_last, self.keep_at = keep_last, tuple(map(int, keep_at))
+        self.keep_last = RunError.unless_whole("keep_last", keep_last)
+        self.keep_at = [RunError.unless_whole("keep_at", place) for place in keep_at]
 
-    def locked(self):
-        """A context in which no other run may use the folder, see locked."""
-        return locked(self.folder)
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder, made if need be, for this run alone. Raises RunError.
+
+        What a killed run left unfinished is swept out.
+        """
+        with writes(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / "lock").open("a+", encoding="utf-8")
+        with file:
+            try:
+                lock(file)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                words = f"in use by another run (process {file.read(20).strip()})"
+                right = "wait for it, or give this one a folder of its own"
+                raise RunError(f"{self.folder} is {words}; {right}") from error
+            except OSError as error:  # some network disks have no locks
+                words = f"{self.folder} cannot be locked ({error})"
+                say(f"{words}; start no second run there")
+            with writes(self.folder / "lock"):
+                file.truncate(0)
+                print(os.getpid(), file=file, flush=True)
+            for path in self.folder.glob("step-*"):
+                if path.suffix in (".part", ".gone"):
+                    shutil.rmtree(path, ignore_errors=True)
+            yield
 
     def checkpoints(self) -> list[Path]:
         """The folders of the checkpoints, oldest first; nobody has looked inside."""
@@ -147,7 +156,9 @@ class Store:
             raise
         for old in self.checkpoints()[: -self.keep_last]:
             if not old.name.endswith("-kept"):
-                self.remove(old)
+                gone = old.with_suffix(".gone")  # first: a kill leaves no half of it
+                os.replace(old, gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
     def fill(self, part: Path, tensors: dict, state: dict) -> None:
         """Write the files of a checkpoint, and wait until the disk has them."""
@@ -167,11 +178,6 @@ class Store:
     def keeps(self, before: int, after: int) -> bool:
         """Whether a place of keep_at lies between two readings of the clock."""
         return any(before < place <= after for place in self.keep_at)
-
-    def remove(self, path: Path) -> None:
-        """Rename, then delete: a kill between leaves no half of a checkpoint."""
-        os.replace(path, path.with_suffix(".gone"))
-        shutil.rmtree(path.with_suffix(".gone"), ignore_errors=True)
 
     def set_aside(self, after: int) -> None:
         """Give another name to the checkpoints after a step: damaged-step-…"""
@@ -195,11 +201,8 @@ class Store:
             for fault in faults:
                 say(f"{fault}; {path.name} is used instead")
             return found
-        if faults:
-            raise RunError(
-                f"no checkpoint is whole: {'; '.join(faults)}. "
-                "Copy one back, or begin in another folder"
-            )
+        words = f"no checkpoint is whole: {'; '.join(faults)}. "
+        RunError.unless(not faults, words + "Copy one back, or begin in another folder")
         return None
 
 
@@ -217,35 +220,6 @@ def lock(file) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, for this run alone. Raises RunError.
-
-    What a killed run left unfinished is swept out.
-    """
-    with writes(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+", encoding="utf-8")
-    with file:
-        try:
-            lock(file)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise RunError(
-                f"{folder} is in use by another run (process {file.read(20).strip()}); "
-                "wait for it, or give this one a folder of its own"
-            ) from error
-        except OSError as error:  # some network disks have no locks
-            say(f"{folder} cannot be locked ({error}); start no second run there")
-        with writes(folder / "lock"):
-            file.truncate(0)
-            print(os.getpid(), file=file, flush=True)
-        for path in folder.glob("step-*"):
-            if path.suffix in (".part", ".gone"):
-                shutil.rmtree(path, ignore_errors=True)
-        yield
 
 
 class Logs:

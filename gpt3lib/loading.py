@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt3lib.files import is_whole, sha256, write_beside
+from gpt3lib.files import Refusal, as_float, is_whole, sha256, write_beside
 from gpt3lib.tokenization import Tokenizer, to_utf8
 
 MANIFEST, MERGES, TOKENS_FORMAT = "manifest.json", "merges.bpe", "gpt3lib tokens 1"
@@ -27,14 +27,11 @@ COUNTS = ("vocab_size", "n_tokens", "n_documents", "n_bytes")
 
 
 # What this chapter refuses; the workshop at the end of this page has a table of it.
-class LoadingError(ValueError):
+class LoadingError(Refusal, ValueError):
     """Texts, shards or a mixture that cannot be what a model is trained on."""
 
 
-def must(fine, problem: str) -> None:
-    """Raise LoadingError with this problem unless all is fine."""
-    if not fine:
-        raise LoadingError(problem)
+must = LoadingError.unless  # must(all is fine, else this problem)
 
 
 def must_be_whole(name: str, value, least: int, most: int = 2**40) -> int:
@@ -64,10 +61,7 @@ def check_mixture(sources: Mapping, weights: Mapping, n_ctx: int) -> None:
 def check_weights(weights: Mapping) -> None:
     """Raise LoadingError unless the weights are numbers, none below 0, not all 0."""
     for name, weight in weights.items():
-        try:
-            fine = Fraction(str(weight)) >= 0 and not isinstance(weight, str)
-        except (ValueError, ZeroDivisionError):  # True, None, nan, inf
-            fine = False
+        fine = 0 <= as_float(weight) < math.inf
         must(fine, f"the weight of {name} is {weight!r}; it must be a number from 0 on")
     must(any(weights.values()), "all weights are 0; at least one must be more")
 

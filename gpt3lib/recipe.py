@@ -3,7 +3,6 @@ fits into memory."""
 
 # Made from book/14_recipe.ipynb by tools/export.py; edit the chapter.
 import math
-import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,28 +14,25 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt3lib.files import is_whole
+from gpt3lib.files import Refusal, as_float
 from gpt3lib.training import loss_of, make_optimizer
 
 
 # What a recipe refuses; the workshop at the end of this page has a table of it.
-class RecipeError(ValueError):
+class RecipeError(Refusal, ValueError):
     """A recipe that contradicts itself, or a step that cannot be made."""
-
-
-def is_number(value) -> bool:
-    """Whether a value is a finite real number."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(value)
 
 
 def as_tokens(name: str, value, least: int = 1) -> int:
     """A number of tokens as Python's int; 375e6 will do. Raises RecipeError."""
-    if is_number(value) and value == int(value) and value >= least:
-        return int(value)
-    raise RecipeError(
-        f"{name} is {value!r}; it must be a whole number, {least} or more"
-    )
+    whole = int(value) if as_float(value).is_integer() else value
+    return RecipeError.unless_whole(name, whole, least)
+
+
+def check_above_zero(name: str, value) -> None:
+    """Raise RecipeError unless a value is a finite number above 0."""
+    fine = 0 < as_float(value) < math.inf
+    RecipeError.unless(fine, f"{name} is {value!r}; it must be a number above 0")
 
 
 def check_recipe(recipe: "Recipe") -> None:
@@ -48,118 +44,87 @@ def check_recipe(recipe: "Recipe") -> None:
     order = ("first_batch_tokens", "batch_tokens"), ("warmup_tokens", "decay_tokens")
     for low, high in (*order, ("decay_tokens", "n_tokens")):
         a, b = getattr(recipe, low), getattr(recipe, high)
-        if a > b:
-            raise RecipeError(
-                f"{low} is {a:,}, but {high} is {b:,}; it can be {b:,} at most. "
-                "Recipe.scaled makes the paper's proportions"
-            )
+        right = f"it can be {b:,} at most. Recipe.scaled makes the paper's proportions"
+        RecipeError.unless(a <= b, f"{low} is {a:,}, but {high} is {b:,}; {right}")
     check_rules(recipe)
 
 
 def check_rules(recipe: "Recipe") -> None:
     """Raise RecipeError unless rate, decay, clip, betas and eps make sense."""
-    if not is_number(recipe.peak) or recipe.peak <= 0:
-        raise RecipeError(f"peak is {recipe.peak!r}; it must be a number above 0")
+    check_above_zero("peak", recipe.peak)
     check_clip(recipe.clip)
     for name in ("weight_decay", "eps"):
         value = getattr(recipe, name)
-        if not is_number(value) or value < 0:
-            raise RecipeError(f"{name} is {value!r}; it must be a number, 0 or more")
-    try:
-        first, second = betas = tuple(recipe.betas)
-    except (TypeError, ValueError):
-        raise RecipeError(
-            f"betas is {recipe.betas!r}; it must be two numbers, such as (0.9, 0.95)"
-        ) from None
-    if not all(is_number(beta) and 0 <= beta < 1 for beta in (first, second)):
-        raise RecipeError(f"betas is {betas}; both must be from 0 to below 1")
+        words = f"{name} is {value!r}; it must be a number, 0 or more"
+        RecipeError.unless(0 <= as_float(value) < math.inf, words)
+    betas = tuple(recipe.betas) if isinstance(recipe.betas, Iterable) else ()
+    words = f"betas is {recipe.betas!r}; it must be two numbers, such as (0.9, 0.95)"
+    RecipeError.unless(len(betas) == 2, words)
+    fine = all(0 <= as_float(beta) < 1 for beta in betas)
+    RecipeError.unless(fine, f"betas is {betas}; both must be from 0 to below 1")
     object.__setattr__(recipe, "betas", betas)
 
 
 def check_clip(clip: float) -> None:
     """Raise RecipeError unless a gradient can be clipped to this length."""
-    if clip != math.inf and (not is_number(clip) or clip <= 0):
-        raise RecipeError(
-            f"clip is {clip!r}; it must be a length above 0, or math.inf for none"
-        )
+    words = f"clip is {clip!r}; it must be a length above 0, or math.inf for none"
+    RecipeError.unless(as_float(clip) > 0, words)
 
 
 def check_position(tokens: int) -> None:
     """Raise RecipeError unless `tokens` can be a place on the clock."""
-    if not is_number(tokens) or tokens < 0:
-        raise RecipeError(f"tokens is {tokens!r}; the clock starts at 0")
+    fine = 0 <= as_float(tokens) < math.inf
+    RecipeError.unless(fine, f"tokens is {tokens!r}; the clock starts at 0")
 
 
 def check_context(n_ctx: int, n_tokens: float = math.inf) -> None:
     """Raise RecipeError unless n_ctx is a whole number, and n_tokens are as many."""
-    if not is_whole(n_ctx):
-        raise RecipeError(f"n_ctx is {n_ctx!r}; it must be a whole number, 1 or more")
-    if n_ctx > n_tokens:
-        raise RecipeError(
-            f"n_tokens is {n_tokens:,}, less than a sequence of {n_ctx}; "
-            "train on more, or with a smaller n_ctx"
-        )
+    RecipeError.unless_whole("n_ctx", n_ctx)
+    right = f"a sequence of {n_ctx}; train on more, or with a smaller n_ctx"
+    words = f"n_tokens is {n_tokens:,}, less than {right}"
+    RecipeError.unless(n_ctx <= n_tokens, words)
 
 
 def check_row(name: str, rows: dict) -> None:
     """Raise RecipeError unless the table has a row of this name."""
-    if name not in [*rows]:
-        raise RecipeError(
-            f"Table 2.1 has no {name!r}; there are {', '.join(rows)}. "
-            "For another model or another number of tokens take Recipe.scaled"
-        )
+    right = "For another model or another number of tokens take Recipe.scaled"
+    words = f"Table 2.1 has no {name!r}; there are {', '.join(rows)}. {right}"
+    RecipeError.unless(name in [*rows], words)
 
 
 def check_recomputed(model: nn.Module, every: int) -> None:
     """Raise RecipeError unless every so many blocks of it can be recomputed."""
     blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
-        raise RecipeError(f"model is a {type(model).__name__}; it must be a GPT")
-    if not is_whole(every):
-        raise RecipeError(f"every is {every!r}; it must be a whole number, 1 or more")
-    if any("forward" in vars(block) for block in blocks):
-        raise RecipeError("the model's blocks are recomputed already; once is enough")
+    words = f"model is a {type(model).__name__}; it must be a GPT"
+    RecipeError.unless(isinstance(blocks, nn.ModuleList), words)
+    RecipeError.unless_whole("every", every)
+    words = "the model's blocks are recomputed already; once is enough"
+    RecipeError.unless(not any("forward" in vars(block) for block in blocks), words)
 
 
-def check_size(size: int) -> None:
-    """Raise RecipeError unless a micro-batch can have so many sequences."""
-    if not is_whole(size):
-        raise RecipeError(f"size is {size!r}; it must be a whole number, 1 or more")
+def check_batches(batches: Iterable, equal: bool = False) -> list:
+    """The micro-batches as a list. Raises RecipeError unless each is a pair.
 
-
-def check_batches(batches: Iterable, least: int = 1) -> list:
-    """The micro-batches as a list. Raises RecipeError unless each is a pair."""
-    batches = list(batches)
-    if len(batches) < least:
-        raise RecipeError(f"{len(batches)} micro-batches; {least} are the least")
+    equal: there must be two at least, all of one size.
+    """
+    batches, least = list(batches), 1 + equal
+    words = f"{len(batches)} micro-batches; {least} are the least"
+    RecipeError.unless(len(batches) >= least, words)
     for pair in batches:
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise RecipeError(
-                "a micro-batch must be a pair (inputs, targets), not a "
-                f"{type(pair).__name__}; for a single one use [(inputs, targets)]"
-            )
-    return batches
-
-
-def check_equal(batches: list) -> list:
-    """The micro-batches. Raises RecipeError unless they are equally large."""
-    if len({targets.numel() for _, targets in batches}) > 1:
-        raise RecipeError("micro-batches of different sizes; make them equally large")
+        right = "a pair (inputs, targets)"
+        words = f"a micro-batch must be {right}, not a {type(pair).__name__}"
+        fine = isinstance(pair, tuple | list) and len(pair) == 2
+        RecipeError.unless(fine, f"{words}; for a single one use [(inputs, targets)]")
+    sizes = {targets.numel() for _, targets in batches}
+    words = "micro-batches of different sizes; make them equally large"
+    RecipeError.unless(not equal or len(sizes) == 1, words)
     return batches
 
 
 def check_sizes(b_small: float, b_big: float) -> None:
     """Raise RecipeError unless the second batch is larger than the first."""
-    if not 0 < b_small < b_big:
-        raise RecipeError(
-            f"b_small is {b_small}, b_big {b_big}; the first must be the smaller one"
-        )
-
-
-def check_count(n_params: float) -> None:
-    """Raise RecipeError unless a model can have so many parameters."""
-    if not is_number(n_params) or n_params <= 0:
-        raise RecipeError(f"n_params is {n_params!r}; it must be a number above 0")
+    words = f"b_small is {b_small}, b_big {b_big}; the first must be the smaller one"
+    RecipeError.unless(0 < b_small < b_big, words)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, number: torch.Tensor) -> None:
@@ -335,7 +300,7 @@ def squared_length(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def micro_batches(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> list:
     """A batch (B, n_ctx) in pieces of `size` sequences, the last with what is left."""
-    check_size(size)
+    RecipeError.unless_whole("size", size)
     return list(zip(inputs.split(size), targets.split(size)))
 
 
@@ -397,7 +362,7 @@ def squared_lengths(
     batches: at least two micro-batches (inputs, targets) of one size. The gradients
     that the model holds are dropped. Raises RecipeError.
     """
-    batches = check_equal(check_batches(batches, least=2))
+    batches = check_batches(batches, equal=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     mean = [torch.zeros_like(p) for p in parameters]
     small = []
@@ -442,5 +407,5 @@ def peak_by_size(n_params: float) -> float:
 
     Beyond Table 2.1 it is a guess. Raises RecipeError unless n_params is above 0.
     """
-    check_count(n_params)
+    check_above_zero("n_params", n_params)
     return 0.134 * n_params**-0.306

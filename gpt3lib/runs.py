@@ -17,7 +17,7 @@ from torch import nn
 
 from gpt3lib.cache import generate
 from gpt3lib.checkpoints import Checkpoint, Logs, RunError, Stopping, Store, say
-from gpt3lib.files import is_whole, unwrapped
+from gpt3lib.files import as_float, unwrapped
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.recipe import update
 from gpt3lib.training import device_of, loss_of
@@ -27,28 +27,21 @@ from gpt3lib.training import device_of, loss_of
 def check_options(options: "Options") -> None:
     """Raise RunError, saying what would be right, for options that make no sense."""
     for name in ("save_every", "micro_batch", "sync_every", "sample_every"):
-        value, least = getattr(options, name), int(name != "sample_every")
-        if not is_whole(value, least):
-            raise RunError(f"{name} is {value!r}; it must be whole, {least} or more")
-    if options.on_spike not in ("stop", "skip", "rollback"):
-        raise RunError(
-            f"on_spike is {options.on_spike!r}; it must be 'stop', 'skip' or 'rollback'"
-        )
-    if not isinstance(options.spike, int | float) or not options.spike > 0:
-        raise RunError(
-            f"spike is {options.spike!r}; it must be nats above 0, math.inf for never"
-        )
+        least = int(name != "sample_every")
+        RunError.unless_whole(name, getattr(options, name), least)
+    words = f"on_spike is {options.on_spike!r}; it must be 'stop', 'skip' or 'rollback'"
+    RunError.unless(options.on_spike in ("stop", "skip", "rollback"), words)
+    words = f"spike is {options.spike!r}; it must be nats above 0, math.inf for never"
+    RunError.unless(as_float(options.spike) > 0, words)
 
 
 def run_tensors(model: nn.Module, optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """All tensors of a run: "model" -> name, "optimizer" -> exp_avg/name and others."""
     weights = {unwrapped(name): t for name, t in model.state_dict().items()}
     names = {p: unwrapped(name) for name, p in model.named_parameters()}
-    memory = {
-        f"{key}/{names[p]}": tensor
-        for p, kept in optimizer.state.items()
-        for key, tensor in kept.items()
-    }
+    memory = {}
+    for p, kept in optimizer.state.items():
+        memory |= {f"{key}/{names[p]}": tensor for key, tensor in kept.items()}
     return {"model": weights, "optimizer": memory}
 
 
@@ -77,12 +70,11 @@ def put_back(checkpoint: Checkpoint, model: nn.Module, optimizer) -> State:
     for name, tensor in model.state_dict().items():
         tensor.copy_(stored[unwrapped(name)])
     stored, kept = checkpoint.tensors("optimizer"), {}
-    places = {unwrapped(name): p for name, p in model.named_parameters()}
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = {p: i for i, p in enumerate(order)}
-    for name in stored:
+    names = {p: unwrapped(name) for name, p in model.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    for name, tensor in stored.items():
         key, parameter = name.split("/")
-        kept.setdefault(numbers[places[parameter]], {})[key] = stored[name]
+        kept.setdefault(order.index(parameter), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": kept, "param_groups": groups})
     return State(**checkpoint.state["state"])
@@ -104,11 +96,8 @@ def first_bad(model: nn.Module, batches: list) -> str:
     Parameters come first, then what leaves each part on the way up, then gradients.
     When all are finite, it is the largest gradient.
     """
-    found = [
-        f"parameter {name} is not finite"
-        for name, p in model.named_parameters()
-        if bad(p)
-    ]
+    weights = model.named_parameters()
+    found = [f"parameter {n} is not finite" for n, p in weights if bad(p)]
 
     def look(name, part, arguments, output):
         if isinstance(output, torch.Tensor) and bad(output):
@@ -258,14 +247,6 @@ def portions(count: int, size: int, halves: bool = False) -> list[int]:
     return found
 
 
-def fetch_batches(loader, first: int, sizes: list[int], device: torch.device) -> list:
-    """Micro-batches (inputs, targets) of these sizes, on the device."""
-    pair = loader.sequences(first, sum(sizes))
-    if device.type == "cuda":  # from pinned memory, while the device still computes
-        pair = [part.pin_memory().to(device, non_blocking=True) for part in pair]
-    return list(zip(*(part.to(device).split(sizes) for part in pair)))
-
-
 def tokenizer_of(loader):
     """The tokenizer of a loader's tokens. Raises RunError when they have none."""
     for source in loader.sources.values():
@@ -412,9 +393,12 @@ class Run:
         state.finished = self.recipe.n_tokens - state.tokens < n_ctx
 
     def batches(self, first: int, count: int) -> list:
-        """These sequences as micro-batches."""
+        """These sequences as micro-batches (inputs, targets), on the device."""
         sizes = portions(count, self.options.micro_batch, self.options.compile)
-        return fetch_batches(self.loader, first, sizes, self.device)
+        pair, home = self.loader.sequences(first, count), self.device
+        if home.type == "cuda":  # from pinned memory, while the device still computes
+            pair = [part.pin_memory().to(home, non_blocking=True) for part in pair]
+        return list(zip(*(part.to(home).split(sizes) for part in pair)))
 
     def calm(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Whether a step may be made; yes, if losses are to be read later."""
@@ -450,15 +434,12 @@ class Run:
         """Skip, roll back (then False) or stop with a RunError, by policy."""
         if self.options.on_spike == "rollback":
             self.roll_back(what)
-        elif self.options.on_spike == "skip" and "parameter" not in what:
-            self.journal.write("notes.txt", f"{what}; skipped")
-            return True
-        else:
-            raise RunError(
-                f"{what}. Go on with on_spike='skip' or 'rollback', or begin in "
-                "another folder with a lower peak"
-            )
-        return False
+            return False
+        skip = self.options.on_spike == "skip" and "parameter" not in what
+        words = f"{what}. Go on with on_spike='skip' or 'rollback', or begin in "
+        RunError.unless(skip, words + "another folder with a lower peak")
+        self.journal.write("notes.txt", f"{what}; skipped")
+        return True
 
     def roll_back(self, why: str) -> None:
         """Back to the newest checkpoint, but on with the data behind the bad step.
@@ -470,8 +451,8 @@ class Run:
         self.state.passed = old.passed + (old.tokens - self.state.tokens) // n_ctx
         self.state.tries = old.tries + 1
         why = f"{why}; rolled back to step {self.state.step}"
-        if self.state.tries > 3:
-            raise RunError(f"{why} three times, in vain; lower the peak")
+        words = f"{why} three times, in vain; lower the peak"
+        RunError.unless(self.state.tries <= 3, words)
         notes = self.journal.sizes()["notes.txt"]  # they stay
         self.journal.begin(self.state.sizes | {"notes.txt": notes})
         self.journal.write("notes.txt", why)
@@ -488,8 +469,7 @@ class Run:
 def load(folder: str | Path, device="cpu") -> GPT:
     """The model of a run's newest whole checkpoint, in eval mode. Raises RunError."""
     found = Store(folder).latest()
-    if found is None:
-        raise RunError(f"{folder} holds no checkpoint; give the folder of a run")
+    RunError.unless(found, f"{folder} holds no checkpoint; give the folder of a run")
     config = found.state["about"]["model"]
     config["attention"] = tuple(config["attention"])
     with torch.device("meta"):

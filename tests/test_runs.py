@@ -18,7 +18,7 @@ import torch
 import deadly
 from deadly import CONFIG, go, parts, remains
 from gpt3lib import checkpoints, runs
-from gpt3lib.checkpoints import Checkpoint, Logs, RunError, Stopping, Store, locked
+from gpt3lib.checkpoints import Checkpoint, Logs, RunError, Stopping, Store
 from gpt3lib.loading import Loader, write_tokens
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.recipe import update
@@ -211,7 +211,7 @@ def test_how_many_stay(tmp_path):
 
 def test_what_a_store_refuses(tmp_path):
     for wrong in ({"keep_last": 0}, {"keep_last": 1.5}, {"keep_at": [0]}, {"keep_at": ["a"]}):
-        with pytest.raises(RunError, match="must be whole, 1 or more"):
+        with pytest.raises(RunError, match="must be a whole number, 1 or more"):
             Store(tmp_path, **wrong)
     assert Store(tmp_path / "none").latest() is None
     with pytest.raises(RunError, match="holds no checkpoint"):
@@ -224,7 +224,7 @@ def test_other_folders_are_left_alone(tmp_path):
     assert Store(tmp_path).checkpoints() == []
     (tmp_path / "step-0000000009.part").mkdir()
     (tmp_path / "step-0000000008.gone").mkdir()
-    with locked(tmp_path):
+    with Store(tmp_path).locked():
         assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "mine", "step-0000000001.txt", "step-7"]
 
 
@@ -278,7 +278,7 @@ def test_a_log_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_two_runs_in_one_folder(tmp_path):
     message = rf"in use by another run \(process {os.getpid()}\)"
-    with locked(tmp_path), pytest.raises(RunError, match=message):
+    with Store(tmp_path).locked(), pytest.raises(RunError, match=message):
         go(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     go(tmp_path, 3)
@@ -327,10 +327,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path, whole, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"save_every": 0}, "save_every is 0; it must be whole, 1 or more"),
+        ({"save_every": 0}, "save_every is 0; it must be a whole number, 1 or more"),
         ({"micro_batch": 1.5}, "micro_batch is 1.5"),
         ({"sync_every": True}, "sync_every is True"),
-        ({"sample_every": -1}, "sample_every is -1; it must be whole, 0 or more"),
+        ({"sample_every": -1}, "sample_every is -1; it must be a whole number, 0 or more"),
         ({"on_spike": "hope"}, "on_spike is 'hope'; it must be 'stop', 'skip' or 'rollback'"),
         ({"spike": 0}, "spike is 0; it must be nats above 0"),
         ({"spike": math.nan}, "spike is nan"),
