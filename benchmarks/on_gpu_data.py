@@ -35,11 +35,8 @@ def family_text() -> dict:
     """The text to train on, that held out, and the weights of its sources."""
     from gpt3lib import data
 
-    return {
-        "train": data.family_text(),
-        "held_out": data.family_text(validation=True),
-        "weights": data.FAMILY_WEIGHTS,
-    }
+    train, held_out = data.family_split()
+    return {"train": train, "held_out": held_out, "weights": data.FAMILY_WEIGHTS}
 
 
 def learn(texts: dict[str, list[str]], vocab_size: int, spaced: bool) -> Tokenizer:

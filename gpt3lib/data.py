@@ -6,43 +6,22 @@ import html
 import re
 import zlib
 from collections import Counter, defaultdict
-from importlib import import_module
 
 import numpy as np
 
 from gpt3lib import texts
 from gpt3lib.files import sha256
-from gpt3lib.texts import DATA, DataError, check_hash, manifest
-
-
-def need(module: str):
-    """Import a library that only this chapter uses, or say how to get it."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise DataError(
-            f"this needs {module.split('.')[0]}: pip install 'gpt3lib[book]'"
-        ) from error
+from gpt3lib.texts import DATA, DataError, check_hash, check_same_text, manifest
 
 
 def as_documents(documents) -> list[str]:
     """A list of texts. Raises DataError for one bare string, an empty list, bytes."""
-    if isinstance(documents, (str, bytes)) or not documents:
-        raise DataError("expected a list of documents, each a string, at least one")
+    fine = documents and not isinstance(documents, str | bytes)
+    DataError.unless(fine, "expected a list of documents, each a string, at least one")
     for i, document in enumerate(documents):
-        if not isinstance(document, str):
-            kind = type(document).__name__
-            raise DataError(f"document {i} is of type {kind}; decode it to a string")
+        problem = f"document {i} is of type {type(document).__name__}"
+        DataError.unless(isinstance(document, str), f"{problem}; decode it to a string")
     return list(documents)
-
-
-TABLE_2_2 = {  # [B20]: tokens in billions, weight in training in %, epochs as printed
-    "Common Crawl": (410, 60, 0.44),
-    "WebText2": (19, 22, 2.9),
-    "Books1": (12, 8, 1.9),
-    "Books2": (55, 8, 0.43),
-    "Wikipedia": (3, 3, 3.4),
-}
 
 
 BLOCK = r"</?(?:p|h\d|li|ul|ol|br|div|dl|dt|dd|table|tr|td|note|important)\b[^>]*>"
@@ -57,41 +36,9 @@ def extract(page: str) -> str:
     return "\n".join(line for line in kept if line) + "\n"
 
 
-BEGINNING = 4000  # characters that the classifier reads
-
-
-def features(documents: list[str]):
-    """Hashed word counts, scaled to length 1, as a sparse matrix (documents, 2**14)."""
-    library = need("sklearn.feature_extraction.text")
-    hashing = library.HashingVectorizer(n_features=2**14, alternate_sign=False)
-    return hashing.transform(document[:BEGINNING] for document in documents)
-
-
-def train_classifier(good: list[str], raw: list[str]):
-    """Logistic regression that tells good documents (1) from raw pages (0)."""
-    library = need("sklearn.linear_model")
-    answers = [1] * len(as_documents(good)) + [0] * len(as_documents(raw))
-    return library.LogisticRegression().fit(features([*good, *raw]), answers)
-
-
-def scores(classifier, documents: list[str]) -> np.ndarray:
-    """The probability that each document is a good one, (documents,)."""
-    return classifier.predict_proba(features(documents))[:, 1]
-
-
 def chance(text: str, purpose: str) -> float:
     """A number in [0, 1) that looks random and depends on the text and purpose only."""
     return int(sha256((purpose + text).encode())[:13], 16) / 16**13
-
-
-def pareto(u: float, alpha: float = 9) -> float:
-    """A Pareto (Lomax) number from a uniform one, as np.random.pareto makes it."""
-    return (1 - u) ** (-1 / alpha) - 1
-
-
-def passes(document: str, score: float, alpha: float = 9) -> bool:
-    """The paper's rule: keep iff pareto(9) > 1 - score; the dice are the text's own."""
-    return pareto(chance(document, "quality"), alpha) > 1 - score
 
 
 KEPT = DATA / "crawl_kept.txt"  # a line of twelve hexadecimal digits for each page
@@ -125,11 +72,8 @@ def shingles(document: str) -> np.ndarray:
 
 def minhash(found: np.ndarray, count: int = 10) -> np.ndarray:
     """Of `count` hash functions, the smallest value over all shingles; (count,)."""
-    drawn = [
-        int(sha256(f"{name}{i}".encode())[:8], 16)
-        for name in "ab"
-        for i in range(count)
-    ]
+    names = [f"{letter}{i}" for letter in "ab" for i in range(count)]
+    drawn = [int(sha256(name.encode())[:8], 16) for name in names]
     a, b = np.array(drawn, dtype=np.uint64).reshape(2, count, 1) % np.uint64(PRIME)
     return ((a * found + b) % np.uint64(PRIME)).min(1)
 
@@ -167,12 +111,9 @@ def deduplicate(documents, threshold: float = 0.5) -> list[str]:
     return [document for i, document in enumerate(documents) if i not in copies]
 
 
-EXAM_SHARE = 1 / 32
-
-
 def held_out(document: str) -> bool:
     """Is this document kept for validation? Decided by its own hash, for ever."""
-    return chance(document, "a") < EXAM_SHARE
+    return chance(document, "a") < 1 / 32
 
 
 def words(document: str) -> list[tuple[str, int, int]]:
@@ -224,14 +165,6 @@ def decontaminate(documents, tests, n=13, common=10, most=10) -> list[list[str]]
     return left
 
 
-def epochs(sizes: dict, weights: dict, total: float) -> dict[str, float]:
-    """How often each source is read when `total` units are drawn with these weights."""
-    if missing := set(weights) - set(sizes):
-        raise DataError(f"no size given for {', '.join(sorted(missing))}")
-    share = total / sum(weights.values())
-    return {name: weights[name] * share / sizes[name] for name in weights}
-
-
 FAMILY_WEIGHTS = {
     "stories": 0.25,
     "wikipedia": 0.26,
@@ -240,19 +173,6 @@ FAMILY_WEIGHTS = {
     "speeches": 0.22,
     "crawl": 0.01,
 }
-
-
-def visiting_order(n_documents: int, epoch: int, seed: int = 0) -> list[int]:
-    """All documents in an order of this epoch's own, each exactly once."""
-    key = f"{seed} {epoch} "
-    return sorted(range(n_documents), key=lambda i: chance(key + str(i), "order"))
-
-
-def fill_windows(documents: list[list[int]], n_ctx: int, end: int) -> list[list[int]]:
-    """Tokenized documents end to end, `end` before each, cut into full windows."""
-    stream = [token for document in documents for token in (end, *document)]
-    last = len(stream) - len(stream) % n_ctx
-    return [stream[i : i + n_ctx] for i in range(0, last, n_ctx)]
 
 
 def family_sources() -> dict[str, list[str]]:
@@ -281,18 +201,7 @@ def family_split() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
             (exam if held_out(document) else clean)[name].append(document)
     tests = [document for each in exam.values() for document in each]
     for name, each in clean.items():
-        pieces = decontaminate(each, tests)
-        clean[name] = [piece for document in pieces for piece in document]
+        clean[name] = [d for pieces in decontaminate(each, tests) for d in pieces]
     both = [d for half in (clean, exam) for each in half.values() for d in each]
-    found = sha256("\0".join(both).encode())
-    if found != manifest()["family"]["sha256"]:
-        raise DataError(
-            f"the family's text has SHA-256 {found[:16]}…, the manifest has another: "
-            "the cleaning has changed"
-        )
+    check_same_text("family", both)
     return clean, exam
-
-
-def family_text(validation: bool = False) -> dict[str, list[str]]:
-    """One half of family_split: what is read, or with `validation` what is held out."""
-    return family_split()[validation]
