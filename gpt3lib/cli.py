@@ -49,6 +49,9 @@ def option(kind, metavar: str, words: str, *marks):
 
 
 FIRST = tyro.conf.Positional  # it stands without a --name
+SPIKE = Literal["stop", "skip", "rollback"]
+KIND = Literal["gpt2", "gpt_neo", "gpt3lib"]
+NUMBERS = Literal["float32", "float16", "bfloat16"]
 
 
 def short(box: str) -> str:
@@ -76,10 +79,8 @@ def ask(kind: type, arguments: list[str], default=None):
     except SystemExit as end:
         if not end.code:
             raise  # --help has been printed
-        words = short(said.getvalue())
-        raise CommandError(
-            f"{words}; `gpt3 {name} --help` tells what there is"
-        ) from None
+        words = f"{short(said.getvalue())}; `gpt3 {name} --help` tells what there is"
+        raise CommandError(words) from None
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,13 @@ class TrainConfig:
     bf16: option(bool, "", "matrix products in bfloat16, for a GPU") = False
     compile: option(bool, "", "compile the model first, for a GPU") = False
     device: option(str | None, "NAME", "cpu, cuda or mps; else what is best") = None
-    n_threads: option(int, "N", "of the processor; else what is faster, 1 or all") = (
-        None
-    )
+    n_threads: option(int, "N", "of the processor; else 1 or all, by a trial") = None
     save_every: option(int, "STEPS", "a checkpoint after so many; 100") = None
     keep_last: option(int, "N", "so many checkpoints stay; 3") = None
     keep_at: option(tuple[int, ...], "N …", "… and one from each of these tokens") = ()
     sample_every: option(int, "STEPS", "a sample after so many; 0 is never") = None
     prompt: option(str | None, "TEXT", "samples go on from it") = None
-    on_spike: option(
-        Literal["stop", "skip", "rollback"] | None, "WAY", "stop, skip or rollback"
-    ) = None
+    on_spike: option(SPIKE | None, "WAY", "stop, skip or rollback") = None
     go_ahead: option(bool, "", "begin even what does not fit") = False
 
 
@@ -168,25 +165,17 @@ class ConvertConfig:
 
     model: option(str, "MODEL", "a run, a folder, a name such as gpt3-1m", FIRST)
     out: option(str, "FOLDER", "where it goes", FIRST)
-    to: option(
-        Literal["gpt2", "gpt_neo", "gpt3lib"],
-        "KIND",
-        "gpt2 (dense layers), gpt_neo (banded too) or gpt3lib",
-    )
-    dtype: option(
-        Literal["float32", "float16", "bfloat16"], "TYPE", "of the numbers; float32"
-    ) = "float32"
+    to: option(KIND, "KIND", "gpt2 (dense layers), gpt_neo (banded too) or gpt3lib")
+    dtype: option(NUMBERS, "TYPE", "of the numbers; float32") = "float32"
 
 
-def as_arguments(settings: dict, kind: type, source) -> list[str]:
+def as_arguments(settings: dict, source) -> list[str]:
     """The fields of a YAML file as one would type them. Raises CommandError."""
-    known = {field.name: field.default for field in fields(kind)}
-    arguments = []
+    known = {f.name: f.default for f in fields(TrainConfig) if f.name != "config"}
+    arguments, names = [], ", ".join(known)
     for name, value in settings.items():
-        if name not in known or name == "config":
-            raise CommandError(
-                f"{source}: no field {name!r}; there are {', '.join(known)}"
-            )
+        if name not in known:
+            raise CommandError(f"{source}: no field {name!r}; there are {names}")
         values = value if isinstance(value, list) else [value]
         if isinstance(value, list) and known[name] != ():
             raise CommandError(f"{source}: {name} must be one value, not a list")
@@ -217,7 +206,7 @@ def parse_train(arguments: list[str]) -> TrainConfig:
     typed = ask(TrainConfig, arguments)
     if typed.config is None:
         return typed
-    settings = as_arguments(read_yaml(typed.config), TrainConfig, typed.config)
+    settings = as_arguments(read_yaml(typed.config), typed.config)
     return ask(TrainConfig, arguments, ask(TrainConfig, settings))
 
 
@@ -228,21 +217,18 @@ FREE = set(
 )
 
 
-def asked(config) -> dict:
+def asked(config: TrainConfig) -> dict:
     """The fields that somebody has given: those that are not their defaults."""
-    given = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
+    return {k: v for k, v in vars(config).items() if v != getattr(TrainConfig, k)}
 
 
 def check_train(config: TrainConfig) -> None:
     """Raise CommandError for options that contradict each other."""
     if config.text and config.data:
         raise CommandError("--text or --data, not both: a text becomes data by itself")
-    if config.weights and len(config.weights) != len(config.data):
-        raise CommandError(
-            f"{len(config.weights)} --weights for {len(config.data)} --data; "
-            "give one weight for each folder"
-        )
+    n, m = len(config.weights), len(config.data)
+    if n not in (0, m):
+        raise CommandError(f"{n} --weights for {m} --data; give one for each folder")
     for name in ("minutes", "vocab_size"):
         if getattr(config, name) is not None and not config.text:
             raise CommandError(f"--{name} chooses something for --text; give that too")
@@ -252,15 +238,14 @@ def check_train(config: TrainConfig) -> None:
 
 def with_stored(config: TrainConfig, path: Path) -> TrainConfig:
     """The config that a run began with, and what may change. Raises CommandError."""
-    stored = ask(TrainConfig, as_arguments(read_yaml(path), TrainConfig, path))
-    for name, value in asked(config).items():
-        if name not in FREE and value != getattr(stored, name):
+    stored, given = ask(TrainConfig, as_arguments(read_yaml(path), path)), asked(config)
+    for name in sorted(given.keys() - FREE):
+        if given[name] != getattr(stored, name):
             raise CommandError(
-                f"{name} is {value!r}, but the run in {path.parent} began with "
+                f"{name} is {given[name]!r}, but the run in {path.parent} began with "
                 f"{getattr(stored, name)!r}; give it that again, or another --out"
             )
-    changed = {name: value for name, value in asked(config).items() if name in FREE}
-    return replace(stored, **changed)
+    return replace(stored, **{name: given[name] for name in given.keys() & FREE})
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
@@ -344,8 +329,8 @@ def finish(config: TrainConfig, model) -> None:
     using.write_model(model, tokens.tokenizer, Path(config.out) / "model")
     for path in Path(config.out).glob("data/held_out"):
         tell(model, tokens.tokenizer, str(path), 100_000)
-    ways = {"seed": 0, "top_p": 0.85}
-    using.write_text(model, tokens.tokenizer, config.prompt or "", 200, **ways)
+    prompt = config.prompt or ""
+    using.write_text(model, tokens.tokenizer, prompt, 200, seed=0, top_p=0.85)
     print(f"\nMore of it: gpt3 generate {config.out}")
 
 
@@ -367,12 +352,11 @@ def run_generate(config: GenerateConfig) -> None:
     from gpt3lib.using import find_model, write_text
 
     model, tokenizer = find_model(config.model, config.device)
-    ways = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    names = ("temperature", "top_k", "top_p", "seed")
+    ways = {name: getattr(config, name) for name in names}
     for prompt in prompts(config):
         try:
-            write_text(
-                model, tokenizer, prompt, config.n_tokens, seed=config.seed, **ways
-            )
+            write_text(model, tokenizer, prompt, config.n_tokens, **ways)
         except KeyboardInterrupt:
             if config.prompt is not None:
                 raise
@@ -396,9 +380,7 @@ def run_eval(config: EvalConfig) -> None:
 
     held = sorted(map(str, Path(config.model).glob("data/held_out")))
     if not config.data and not held:
-        raise CommandError(
-            "on which text? Give --data, with texts or folders of tokens"
-        )
+        raise CommandError("on which text? Give --data: texts, or folders of tokens")
     model, tokenizer = find_model(config.model, config.device)
     for path in config.data or held:
         tell(model, tokenizer, path, config.n_tokens)
@@ -449,19 +431,10 @@ def act(arguments: list[str]) -> None:
         print(HELP, end="")
         return
     if name not in COMMANDS:
-        raise CommandError(
-            f"no command {name!r}; there are {', '.join(COMMANDS)}: see `gpt3 --help`"
-        )
+        names = ", ".join(COMMANDS)
+        raise CommandError(f"no command {name!r}; there are {names}: see `gpt3 --help`")
     parse, do = COMMANDS[name]
     do(parse(options))
-
-
-def words_of(error: BaseException) -> str:
-    """An error in one line; where it was, when it is none of our own."""
-    text = " ".join(str(error).split())
-    if isinstance(error, CommandError) or type(error).__module__.startswith("gpt3lib."):
-        return text
-    return f"{type(error).__name__}: {text} (GPT3LIB_TRACEBACK=1 tells where)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -486,5 +459,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("GPT3LIB_TRACEBACK"):
             raise
-        print(f"gpt3: {words_of(error)}", file=sys.stderr)
+        words, kind = " ".join(str(error).split()), type(error)
+        if not (kind is CommandError or kind.__module__.startswith("gpt3lib.")):
+            words = f"{kind.__name__}: {words} (GPT3LIB_TRACEBACK=1 tells where)"
+        print(f"gpt3: {words}", file=sys.stderr)
         return 2

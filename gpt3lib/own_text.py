@@ -1,5 +1,4 @@
-"""A text becomes a model: which tokens, which size, how long; and what a run needs
-before it begins."""
+"""A text becomes a model: which tokens and size, how long, and what a run needs."""
 
 # Made from book/i_own_text.ipynb by tools/export.py; edit the chapter.
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gpt3lib.files import NoDice, sha256, write_beside
+from gpt3lib.files import NoDice, Refusal, sha256, write_beside
 from gpt3lib.loading import MANIFEST, Loader, Tokens, write_tokens
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.recipe import TABLE_BATCHES, Recipe, peak_by_size
@@ -33,27 +32,8 @@ def learn_tokenizer(documents: list[str], vocab_size: int | None = None) -> Toke
     return Tokenizer.train(text, vocab_size)
 
 
-class StartError(ValueError):
+class StartError(Refusal, ValueError):
     """A run that cannot, or should not, begin; the message says what would help."""
-
-
-def check_characters(paths, documents: list[str]) -> None:
-    """Raise StartError unless there are enough characters to learn from."""
-    n = sum(map(len, documents))
-    if n < 1000:
-        raise StartError(
-            f"{', '.join(map(str, paths))}: {n} characters are too few to learn from; "
-            "1,000 are the least, 100,000 a beginning"
-        )
-
-
-def check_window(n_text: int, n_ctx: int) -> None:
-    """Raise StartError unless a text of so many tokens holds a window."""
-    if n_text <= n_ctx:
-        raise StartError(
-            f"{n_text:,} tokens of text hold no window of {n_ctx:,}, which needs one "
-            "more; give a longer text, or a smaller n_ctx"
-        )
 
 
 HELD_SHARE = 20  # the last twentieth of each text is held out
@@ -67,16 +47,15 @@ def prepare_text(paths, folder: Path, vocab_size: int | None = None) -> Tokens:
     since, and LoadingError.
     """
     documents, place = whole_texts(paths), folder / "data"
-    check_characters(paths, documents)
+    names, n = ", ".join(map(str, paths)), sum(map(len, documents))
+    few = f"{names}: {n} characters are too few to learn from"
+    StartError.unless(n >= 1000, f"{few}; 1,000 are the least, 100,000 a beginning")
     mark, told = sha256("\0".join(documents).encode(*LOSSLESS)), place / "texts.sha256"
     if not told.exists():
         place.mkdir(parents=True, exist_ok=True)
         write_beside(told, mark.encode())
-    elif told.read_text() != mark:
-        raise StartError(
-            f"{', '.join(map(str, paths))}: not the text with which the run in "
-            f"{folder} began; give it another --out"
-        )
+    other = f"{names}: not the text with which the run in {folder} began"
+    StartError.unless(told.read_text() == mark, f"{other}; give it another --out")
     ends = [len(text) - len(text) // HELD_SHARE for text in documents]
     train = [text[:end] for text, end in zip(documents, ends)]
     held = [text[end:] for text, end in zip(documents, ends) if text[end:]]
@@ -88,6 +67,7 @@ def prepare_text(paths, folder: Path, vocab_size: int | None = None) -> Tokens:
     return tokens
 
 
+OPEN = {"minutes": 3.0, "on_spike": "rollback"}  # of a text, if nobody says otherwise
 SHAPE = ("n_ctx", "attention", "bandwidth")
 RATES = (
     "n_tokens peak batch_tokens first_batch_tokens ramp_tokens warmup_tokens "
@@ -150,11 +130,12 @@ TRAINING_BYTES = 16  # of a parameter: itself, its gradient, Adam's two averages
 
 def needs(name: str, shape: GPTConfig, recipe: Recipe) -> dict[str, str]:
     """What a run needs, whoever runs it: a few lines, each with its name."""
-    n, first = count(shape), recipe.first_batch_tokens
+    n, ends = count(shape), (0, recipe.n_tokens)
+    first, full = (shape.n_ctx * recipe.batch_size(end, shape.n_ctx) for end in ends)
     return {
         name: f"{n:,} parameters, {shape.n_layers} layers of {shape.d_model:,}",
         "tokens": f"{recipe.n_tokens:,}, in windows of {shape.n_ctx:,}",
-        "batch": f"{recipe.batch_tokens:,} tokens, at first {first:,}",
+        "batch": f"{full:,} tokens, at first {first:,}",
         "rate": f"{recipe.peak:.2g}, reached after {recipe.warmup_tokens:,} tokens",
         "work": f"{6 * n * recipe.n_tokens:.3g} operations: 6 · parameters · tokens",
         "memory": f"{room(TRAINING_BYTES * n)} for weights, gradients and Adam",
@@ -187,7 +168,7 @@ def obstacles(shape: GPTConfig, recipe: Recipe, memory: int | None, peak: float)
     return " and ".join(why)
 
 
-MINUTES, EPOCHS, PER_PARAMETER = 3.0, 10, 8
+EPOCHS, PER_PARAMETER = 10, 8
 
 
 def fit(config, n_text: int, speed_of: Callable[[GPTConfig], float]):
@@ -197,10 +178,10 @@ def fit(config, n_text: int, speed_of: Callable[[GPTConfig], float]):
     within config.minutes, from the text EPOCHS times at most. Raises StartError.
     """
     n_ctx = 2 ** min(8, max(3, n_text.bit_length() - 4))  # 8 … 256
-    ours = {"n_ctx": n_ctx, "bandwidth": n_ctx // 4, "minutes": MINUTES}
-    ours["on_spike"] = "rollback"
+    ours = OPEN | {"n_ctx": n_ctx, "bandwidth": n_ctx // 4}
     config = replace(config, **ours | given(config, ours))
-    check_window(n_text, config.n_ctx)
+    few = f"{n_text:,} tokens of text hold no window of {config.n_ctx:,} and one more"
+    StartError.unless(n_text > config.n_ctx, f"{few}; give more, or a smaller n_ctx")
     best = None
     for size in [config.size] if config.size else EXTRA_SMALL:
         shape = plan_model(replace(config, size=size), config.vocab_size)
@@ -263,11 +244,8 @@ def begin_text(config, device: torch.device):
     names = ", ".join(Path(path).name for path in config.text)
     print(f"{names}: learning how to cut it into tokens …", flush=True)
     tokens = prepare_text(config.text, Path(config.out), config.vocab_size)
-    print(
-        f"{len(tokens):,} tokens to learn from, {tokens.vocab_size:,} different ones, "
-        f"{tokens.bytes_per_token:.1f} bytes each",
-        flush=True,
-    )
+    found = f"{len(tokens):,} tokens to learn from, {tokens.vocab_size:,} different"
+    print(f"{found} ones, {tokens.bytes_per_token:.1f} bytes each", flush=True)
     config = replace(config, vocab_size=tokens.vocab_size)
     return fit(config, len(tokens), lambda shape: fastest(shape, device)[0])
 

@@ -1,5 +1,4 @@
-"""The book's pen: inline SVG from its own tensors, one colour per role, moved by CSS
-alone."""
+"""The book's pen: inline SVG from tensors, one colour per role, moved by CSS alone."""
 
 # Made from book/a_pictures.ipynb by tools/export.py; edit the chapter.
 import re
@@ -341,8 +340,7 @@ def matrix(
     anchor = "start" if upwards else "middle"
     look = {"role": names, "size": 15, "mono": True}
     for j, column in enumerate(columns or []):
-        x = left + wide * (j + 0.5) + 5 * upwards
-        words = show_token(column)
+        x, words = left + wide * (j + 0.5) + 5 * upwards, show_token(column)
         picture.text(x, top - 7, words, anchor=anchor, upwards=upwards, **look)
     for i, row in enumerate(rows or []):
         y = top + cell * (i + 0.5) + 5

@@ -3,18 +3,8 @@
 # Made from book/b_scenes.ipynb by tools/export.py; edit the chapter.
 from contextlib import contextmanager
 
-from gpt3lib.pictures import (
-    WIDTH,
-    Picture,
-    PictureError,
-    Sheet,
-    colour,
-    px,
-    stroke,
-    token_row,
-    token_width,
-    wrap,
-)
+from gpt3lib import pictures
+from gpt3lib.pictures import WIDTH, Picture, Sheet, px, token_row, token_width, wrap
 
 
 def model_box(picture, y, words: str, role="trained", x=70.0, width=300.0) -> None:
@@ -143,11 +133,9 @@ def before_after(before: dict, after: dict, alt: str) -> Picture:
     picture = Picture(WIDTH, 30 + 130 * len(before), alt)
     picture.text(4, 18, "before training", "untrained", anchor="start")
     picture.text(226, 18, "after training", "trained", anchor="start")
+    corner_of = lambda table: [[abs(float(x)) for x in row[:12]] for row in table[:6]]
     for name, y in zip(before, range(30, 30 + 130 * len(before), 130)):
-        corners = [
-            [[abs(float(number)) for number in row[:12]] for row in tables[name][:6]]
-            for tables in (before, after)
-        ]
+        corners = corner_of(before[name]), corner_of(after[name])
         scale = max(number for corner in corners for row in corner for number in row)
         for x, role, corner in zip((4, 226), ("untrained", "trained"), corners):
             wide, high = 14 * len(corner[0]), 14 * len(corner)
@@ -217,8 +205,8 @@ def draw_tower(picture: Picture, config, x: float, ground: float, scale: float) 
     roof = f"M{px(x)},{px(top)}l{back}h{px(wide)}L{px(x + wide)},{px(top)}z"
     side = f"M{px(x + wide)},{px(ground)}V{px(top)}l{back}V{px(ground - 0.12 * wide)}z"
     for path, fill in ((roof, 0.2), (side, 0.6)):
-        look = f'fill="{colour("weight")}" fill-opacity="{fill}"'
-        picture.add(f'<path d="{path}" {look} {stroke("weight", 0.8)}/>')
+        look = f'fill="{pictures.colour("weight")}" fill-opacity="{fill}"'
+        picture.add(f'<path d="{path}" {look} {pictures.stroke("weight", 0.8)}/>')
     for i, kind in enumerate(config.kinds):
         fill = 0.45 if kind == "dense" else 0.1
         picture.rect(x, ground - 4.4 * (i + 1), wide, 4.4, "weight", fill, 0.4, 0)
@@ -334,6 +322,7 @@ class Map(Sheet):
         self.bright = name == self.lit
         self.thick = 2.5 if self.bright else 1.5
         self.role = role if self.lit in (name, None) else "untrained"
+        self.outline = f'fill="none" {pictures.stroke(self.role, self.thick)}'
         yield
         self.add("</a>")
 
@@ -354,14 +343,13 @@ class Map(Sheet):
         corners = [*points[:-1]] if head else [*points]
         path = "M" + "L".join(f"{x},{y}" for x, y in corners)
         if len(corners) > 1:
-            self.add(f'<path d="{path}" fill="none" {stroke(self.role, self.thick)}/>')
+            self.add(f'<path d="{path}" {self.outline}/>')
         if head:
             self.arrow(*points[-2], *points[-1], self.role, self.thick)
 
     def plus(self, x, y):
         """A sum: a circle on the stream, with a horizontal stroke."""
-        look = f'fill="none" {stroke(self.role, self.thick)}'
-        self.add(f'<circle cx="{x}" cy="{y}" r="8" {look}/>')
+        self.add(f'<circle cx="{x}" cy="{y}" r="8" {self.outline}/>')
         self.line(x - 8, y, x + 8, y, self.role, self.thick)
 
 
@@ -452,7 +440,8 @@ def whole_model(lit: str | None = None, alt: str | None = None) -> Map:
     lit: a name in PARTS, or None for all. Raises PictureError for another name.
     """
     if lit is not None and lit not in PARTS:
-        raise PictureError(f"no part {lit!r} on the map; there are {', '.join(PARTS)}")
+        names = ", ".join(PARTS)
+        raise pictures.PictureError(f"no part {lit!r} on the map; there are {names}")
     here = f" Lit: {PARTS[lit][2]}." if lit else ""
     sheet = Map(lit, alt or ALT + here)
     stream = "stream" if lit in (None, "decoder") else "untrained"

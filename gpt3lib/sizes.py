@@ -1,5 +1,4 @@
-"""Eight sizes of GPT-3 and five smaller ones, counted, and where the 175 billion
-live."""
+"""Eight sizes of GPT-3 and five smaller ones, counted; where the 175 billion live."""
 
 # Made from book/07_sizes.ipynb by tools/export.py; edit the chapter.
 from gpt3lib.model import SIZES
@@ -31,20 +30,12 @@ EXTRA_SMALL = {
 }
 
 
-def fields(
-    vocab_size: int, n_ctx: int, shape: tuple[int, int, int, int]
-) -> dict[str, int]:
-    """A row of a table as fields of GPTConfig."""
-    names = ("n_layers", "d_model", "n_heads", "d_head")
-    return {"vocab_size": vocab_size, "n_ctx": n_ctx} | dict(zip(names, shape))
+def fields(shape: tuple[int, int, int, int], **others: int) -> dict[str, int]:
+    """A row of a table, and what else is known, as fields of GPTConfig."""
+    return dict(zip(("n_layers", "d_model", "n_heads", "d_head"), shape)) | others
 
 
-SIZES.update(
-    {name: fields(50257, 2048, row) for name, row in (TABLE_2_1 | ERRATA).items()}
-)
-SIZES.update(
-    {
-        name: fields(4353, 1024, row) | {"bandwidth": 128}
-        for name, row in EXTRA_SMALL.items()
-    }
-)
+PAPER = {"vocab_size": 50257, "n_ctx": 2048}
+OURS = {"vocab_size": 4353, "n_ctx": 1024, "bandwidth": 128}
+SIZES.update({name: fields(row, **PAPER) for name, row in (TABLE_2_1 | ERRATA).items()})
+SIZES.update({name: fields(row, **OURS) for name, row in EXTRA_SMALL.items()})

