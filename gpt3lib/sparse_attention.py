@@ -68,9 +68,7 @@ def strided_masks(n: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (back >= 0) & (back <= stride), (back >= 0) & (back % stride == 0)
 
 
-def fixed_masks(
-    n: int, block: int, summary: int, head: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fixed_masks(n: int, block: int, summary: int, head: int = 0) -> tuple:
     """Two (n, n) masks of the fixed pattern, l = block and c = summary ([C19] §4.2).
 
     A query sees its own block so far in the first, `summary` places of every block so
@@ -146,9 +144,7 @@ def pick_way(q: torch.Tensor) -> str:
     return "flex" if wide_enough and importlib.util.find_spec("triton") else "blocks"
 
 
-def attend_in_band(
-    q, k, v, bandwidth: int, scale=None, how: str = "auto"
-) -> torch.Tensor:
+def attend_in_band(q, k, v, bandwidth: int, scale=None, how="auto") -> torch.Tensor:
     """(B, H, Tq, d), two (B, H, Tk, d) -> (B, H, Tq, d): i sees i - bandwidth + 1 … i.
 
     The queries are the last of the keys. scale: by default 1 / √d. how: a name in WAYS,

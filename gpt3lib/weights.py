@@ -21,7 +21,6 @@ from gpt3lib.files import (
     check_tensors,
     copied,
     find_folder,
-    is_whole,
     parse,
     scan_folder,
     unwrapped,
@@ -34,15 +33,14 @@ from gpt3lib.model import FORMATS, GPT, ConfigError, GPTConfig, initialise
 # What is refused; the workshop at the end of this page has a table of it.
 def check_other(config: "OtherConfig") -> None:
     """Raise ConfigError, saying what would be right, unless a model can be so."""
-    bend, offset = config.activation, config.position_offset
-    if not isinstance(bend, str) or bend not in ACTIVATIONS:
-        raise ConfigError(f"activation is {bend!r}; there are {', '.join(ACTIVATIONS)}")
+    choice = ", ".join(ACTIVATIONS)
+    words = f"activation is {config.activation!r}; there are {choice}"
+    ConfigError.unless(config.activation in list(ACTIVATIONS), words)
     for name in ("qkv_bias", "scaled"):
         value = getattr(config, name)
-        if type(value) is not bool:
-            raise ConfigError(f"{name} is {value!r}; it must be True or False")
-    if not is_whole(offset, least=0):
-        raise ConfigError(f"position_offset is {offset!r}; it must be whole, 0 or more")
+        words = f"{name} is {value!r}; it must be True or False"
+        ConfigError.unless(type(value) is bool, words)
+    ConfigError.unless_whole("position_offset", config.position_offset, least=0)
 
 
 # an activation function's names -> ours; we write the first one that means ours
@@ -63,26 +61,21 @@ MUSTS = {
 
 
 def check_raw(layout: "Layout", raw: dict) -> None:
-    """Raise ValueError if a config.json tells of a model that our GPT cannot be."""
+    """Raise ConfigError if a config.json tells of a model that our GPT cannot be."""
     for name, (right, why) in MUSTS.items():
         if raw.get(name, right) != right:
-            raise ValueError(f"{name} is {raw[name]!r}; it must be {right}: {why}")
-    words = layout.words(FIELDS)
-    hidden = words.pop("d_ff")
-    for name in words.values():
-        value = raw.get(name)
-        if not is_whole(value):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number above 0")
+            raise ConfigError(f"{name} is {raw[name]!r}; it must be {right}: {why}")
+    fields = layout.words(FIELDS)
+    hidden = fields.pop("d_ff")
+    for name in fields.values():
+        ConfigError.unless_whole(name, raw.get(name))
     for name, times in ((hidden, 4), ("word_embed_proj_dim", 1)):
-        right = times * raw[words["d_model"]]
-        if raw.get(name) not in (None, right):
-            raise ValueError(
-                f"{name} is {raw[name]!r}; it must be {right}, {times} × width"
-            )
+        value, right = raw.get(name), times * raw[fields["d_model"]]
+        words = f"{name} is {value!r}; it must be {right}, {times} × width"
+        ConfigError.unless(value in (None, right), words)
     bend = raw.get("activation_function", layout.activation)
-    if bend not in list(BENDS):
-        choice = ", ".join(BENDS)
-        raise ValueError(f"activation_function is {bend!r}; there are {choice}")
+    words = f"activation_function is {bend!r}; there are {', '.join(BENDS)}"
+    ConfigError.unless(bend in list(BENDS), words)
 
 
 HEAD = "lm_head.weight"  # the token table a second time, in some files
@@ -91,10 +84,9 @@ MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.maske
 
 
 def known(kind: str) -> str:
-    """The kind, if there is a layout of that name. Raises ValueError."""
-    if kind not in list(LAYOUTS):
-        choice = ", ".join(LAYOUTS)
-        raise ValueError(f"the model_type is {kind!r}; we can read {choice}")
+    """The kind, if there is a layout of that name. Raises ConfigError."""
+    words = f"the model_type is {kind!r}; we can read {', '.join(LAYOUTS)}"
+    ConfigError.unless(kind in list(LAYOUTS), words)
     return kind
 
 
@@ -187,16 +179,6 @@ def to_ours(layout: Layout, n_layers: int, names, theirs, dtype=None) -> dict:
         parts = turn(layout, name, theirs[name]).chunk(len(own))
         ours |= {part: copied(tensor, dtype) for part, tensor in zip(own, parts)}
     return ours
-
-
-def stored_shapes(layout: Layout, n_layers: int, ours: dict) -> dict[str, tuple]:
-    """The shapes of what to_theirs makes, without a number."""
-    shapes = {}
-    for name, own in pairs(layout, n_layers, ours).items():
-        rows, *width = ours[own[0]].shape
-        shape = (rows * len(own), *width)
-        shapes[name] = shape[::-1] if name.endswith(layout.turned) else shape
-    return shapes
 
 
 LAYOUTS["gpt_neo"] = Layout(
@@ -355,10 +337,9 @@ def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig, dict]:
             return kind, make_config(raw), {}
         return kind, config_from(LAYOUTS[kind], raw), extras(LAYOUTS[kind], raw)
     except FileNotFoundError:
-        raise WeightsError(
-            f"{folder} has no config.json, and its tensors carry no config; "
-            "add the config.json that belongs to them"
-        ) from None
+        words = f"{folder} has no config.json, and its tensors carry no config"
+        right = "add the config.json that belongs to them"
+        raise WeightsError(f"{words}; {right}") from None
     except (ValueError, TypeError, OSError, RecursionError) as error:
         raise WeightsError(f"{source}: {error}") from error
 
@@ -390,11 +371,9 @@ def find_tensors(folder: Path, layout: Layout, found: dict, wanted: dict) -> Sto
     kept = [n for n in bare if n in shapes or n != HEAD and not n.endswith(MASKS)]
     check_tensors(folder, shapes, {name: found[bare[name]] for name in kept})
     stored = Stored(found, bare)
-    if HEAD in bare and not torch.equal(stored[HEAD], stored[names[table]]):
-        raise WeightsError(
-            f"{folder}: {HEAD} differs from {names[table]}; "
-            "our way out is the token table itself"
-        )
+    same = HEAD not in bare or torch.equal(stored[HEAD], stored[names[table]])
+    words = f"{folder}: {HEAD} differs from {names[table]}"
+    WeightsError.unless(same, f"{words}; our way out is the token table itself")
     return Stored(found, {name: bare[names[name]] for name in wanted})
 
 
@@ -421,7 +400,9 @@ def read_pretrained(path_or_name: str | Path, dtype=torch.float32) -> GPT:
     except (RuntimeError, TypeError, OverflowError) as error:
         raise WeightsError(f"{folder}: too few numbers for {config}") from error
     layout, state, n = LAYOUTS[kind], model.state_dict(), config.n_layers
-    theirs = find_tensors(folder, layout, found, stored_shapes(layout, n, state))
+    stored = to_theirs(layout, n, state)  # on meta: shapes without numbers
+    wanted = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    theirs = find_tensors(folder, layout, found, wanted)
     model.load_state_dict(to_ours(layout, n, state, theirs, dtype), assign=True)
     model.extras = more
     return model.eval()
