@@ -125,6 +125,19 @@ def writing(folder: Path) -> Iterator[None]:
         raise WeightsError(f"{folder} cannot be written ({error}); {right}") from error
 
 
+def in_order(path: Path) -> None:
+    """Sort a safetensors header, whose words come in another order each time.
+
+    So equal models make files of equal bytes. The header keeps its length.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        look = {"sort_keys": True, "ensure_ascii": False, "separators": (",", ":")}
+        header = json.dumps(json.loads(file.read(length)), **look).encode()
+        file.seek(8)
+        file.write(header.ljust(length))
+
+
 def write_folder(folder: Path, tensors: dict, header: dict, config: str) -> None:
     """Write model.safetensors and config.json; a kill leaves a model that loads.
 
@@ -136,6 +149,7 @@ def write_folder(folder: Path, tensors: dict, header: dict, config: str) -> None
             part.write_text(config)
             with beside(folder / MODEL) as weights:
                 save_file(copies, weights, metadata=header)
+                in_order(weights)
                 # safetensors lets only the owner read; do as for other files
                 weights.chmod(part.stat().st_mode)
         (folder / INDEX).unlink(missing_ok=True)

@@ -295,6 +295,17 @@ def test_addresses_and_ones_home(tmp_path, monkeypatch):
     assert find_folder("~nobody-of-this-name", print) == Path("~nobody-of-this-name")
 
 
+def test_equal_models_make_equal_files(tmp_path):
+    header = {"format": "pt", "config": '{"text": "Ἀρχή \\u0001 \\"x\\""}', "made by": "us\x01\t\x7f", "ä": "ö"}
+    for number in range(12):  # safetensors puts four words in one of 24 orders
+        put(tmp_path / f"{number}", NUMBERS, header, "{}", "single")
+    assert len({sha256(tmp_path / f"{number}" / MODEL) for number in range(12)}) == 1
+    tensors, about = get(tmp_path / "0")
+    assert about == header and same(tensors, NUMBERS)
+    save_file(NUMBERS, tmp_path / "plain", metadata=header)
+    assert (tmp_path / "plain").stat().st_size == (tmp_path / "0" / MODEL).stat().st_size
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.5, "1GB", True, None])
 def test_a_size_that_is_none(tmp_path, size):
     words = f"shard_bytes is {size!r}; it must be a whole number, 1 or more"
