@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt3lib.files import Refusal, as_float
+from gpt3lib.files import Refusal, as_float, is_whole
 from gpt3lib.training import loss_of, make_optimizer
 
 
@@ -25,6 +25,8 @@ class RecipeError(Refusal, ValueError):
 
 def as_tokens(name: str, value, least: int = 1) -> int:
     """A number of tokens as Python's int; 375e6 will do. Raises RecipeError."""
+    huge = is_whole(value) and as_float(value) != as_float(value)  # nan
+    RecipeError.unless(not huge, f"{name} is too large for a float; take a smaller one")
     whole = int(value) if as_float(value).is_integer() else value
     return RecipeError.unless_whole(name, whole, least)
 
