@@ -22,13 +22,11 @@ from pathlib import Path
 import torch
 
 import gpt3lib.model
-from gpt3lib import GPT, GPTConfig, runs
-from gpt3lib.attention import attention_weights
+from gpt3lib import GPT, GPTConfig, prompting, runs
 from gpt3lib.files import sha256
 from gpt3lib.loading import Loader, Tokens
 from gpt3lib.model import loss_slowly
 from gpt3lib.recipe import Recipe, micro_batches, peak_by_size, update
-from gpt3lib.sparse_attention import banded_mask
 from gpt3lib.tasks import TASKS, Dice, problem, render
 from gpt3lib.training import loss_of
 from gpt3lib.weights import write_pretrained
@@ -288,29 +286,10 @@ def held_out_loss(model, tokens, n_windows: int) -> dict[str, float]:
     return {"nats": round(nats, 4), "bits_per_byte": round(nats / math.log(2) / tokens.bytes_per_token, 4)}
 
 
-def induction_scores(model, n: int = 50, n_texts: int = 16) -> dict:
-    """Of each head, how much a token of a random row's second copy looks at what followed its first copy.
-
-    Also the loss in nats on both copies: a model that copies is better on the second.
-    """
-    config, device = model.config, model.embeddings.wte.weight.device
-    n = min(n, config.n_ctx // 2, config.bandwidth - 1)
-    row = torch.randint(config.vocab_size - 1, (n_texts, n), generator=torch.Generator().manual_seed(0))
-    tokens, scores = torch.cat([row, row], dim=1).to(device), []
-    places = torch.arange(n, 2 * n - 1, device=device)
+def induction_scores(model, **options) -> dict:
+    """The chapter Prompting's, with bands in blocks."""
     with measuring(model):
-        x = model.embeddings(tokens)
-        for block, kind in zip(model.blocks, config.kinds):
-            a, y = block.attention, block.ln_1(x)
-            width = 2 * n if kind == "dense" else config.bandwidth
-            weights = attention_weights(a.heads(a.wq(y)), a.heads(a.wk(y)), banded_mask(2 * n, 2 * n, width, device))
-            scores.append(weights[:, :, places, places - n + 1].mean(dim=(0, 2)).tolist())
-            x = block(x)
-        logits = model.embeddings.unembed(model.ln_f(x))[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        losses = losses.view(n_texts, -1).mean(dim=0)
-    rounded = [[round(score, 4) for score in heads] for heads in scores]
-    return {"scores": rounded, "first copy": losses[: n - 1].mean().item(), "second copy": losses[n:].mean().item()}
+        return prompting.induction_scores(model, **options)
 
 
 def questions(task, tokenizer, shots: int, n: int, spaced: bool, n_ctx: int) -> list[tuple[list[int], list[int]]]:

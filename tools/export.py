@@ -40,6 +40,7 @@ CHAPTERS = {
     "13_training": "training",
     "14_recipe": "recipe",
     "15_long_runs": "runs",
+    "21_prompting": "prompting",
     "24_real_weights": "weights",
     "h_using_models": "using",
     "i_own_text": "own_text",
