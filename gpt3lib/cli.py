@@ -7,6 +7,7 @@ import re
 import sys
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -21,15 +22,17 @@ class CommandError(ValueError):
     """A command that cannot be done; the message says what would be right."""
 
 
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def amount(text: str) -> int:
     """A whole number as people write it: 20000000, 20_000_000, 2e7 or 20M."""
-    found = re.fullmatch(r"([\d_]*\.?\d+(?:e\d+)?)([kmb]?)", text.strip().lower())
-    number = float(found[1]) * UNITS[found[2]] if found else 0.5
-    if number != int(number):
-        raise ValueError(f"{text!r} is no whole number; write 20000000, 2e7 or 20M")
+    digits = r"((?:\d+(?:_\d+)*)?\.?\d+(?:e\d\d?)?)([kmb]?)"
+    found = re.fullmatch(digits, text.strip().lower(), re.ASCII)
+    number = Fraction(found[1]) * UNITS[found[2]] if found else Fraction(1, 2)
+    if number.denominator > 1 or number >= 2**63:
+        right = "write 20000000, 2e7 or 20M"
+        raise ValueError(f"{text!r} is no whole number that fits; {right}")
     return int(number)
 
 
@@ -67,6 +70,15 @@ def short(box: str) -> str:
     return said
 
 
+def at_home(config):
+    """The config with each ~ as one's home: in --out=~/x no shell reads it so."""
+    names, home = "text data files out config model".split(), os.path.expanduser
+    told = {k: v for k, v in vars(config).items() if k in names and v}
+    for name, value in told.items():
+        told[name] = home(value) if type(value) is str else tuple(map(home, value))
+    return replace(config, **told)
+
+
 def ask(kind: type, arguments: list[str], default=None):
     """A command's config out of its arguments. Raises CommandError."""
     name = kind.__name__.removesuffix("Config").lower()
@@ -75,7 +87,7 @@ def ask(kind: type, arguments: list[str], default=None):
     ways |= {} if default is None else {"default": default}
     try:
         with redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, **ways)
+            return at_home(tyro.cli(kind, args=arguments, **ways))
     except SystemExit as end:
         if not end.code:
             raise  # --help has been printed
@@ -87,7 +99,9 @@ def ask(kind: type, arguments: list[str], default=None):
 class TrainConfig:
     """Train a model, or go on where an earlier call of the same command was cut off."""
 
-    size: option(str | None, "SIZE", "gpt3-100k … gpt3-175b", FIRST) = None
+    size: option(str | None, "SIZE", "gpt3-100k … gpt3-175b; put it first", FIRST) = (
+        None
+    )
     text: option(tuple[str, ...], "FILE …", "your own texts; the rest is chosen") = ()
     data: option(tuple[str, ...], "FOLDER …", "what `gpt3 tokenize` made; a mix") = ()
     weights: option(tuple[float, ...], "W …", "shares of the data; else by length") = ()
@@ -104,8 +118,8 @@ class TrainConfig:
     weight_decay: option(float | None, "D", "of the matrices; 0.1") = None
     clip: option(float | None, "LENGTH", "of a step's gradient at most; 1.0") = None
     n_ctx: option(int, "N", "tokens in a window") = None
-    attention: option(tuple[str, ...], "KIND …", "of the layers: dense banded") = ()
-    bandwidth: option(int, "N", "tokens that a banded layer sees") = None
+    attention: option(tuple[str, ...], "KIND …", "layers in turn: dense banded") = ()
+    bandwidth: option(int, "N", "how many tokens back a banded layer sees") = None
     vocab_size: option(int, "N", "with --text: how many tokens are learned") = None
     seed: option(int, "N", "of the first weights and of the order; 0") = None
     micro_batch: option(int, "N", "sequences in memory at a time; 8") = None
@@ -118,7 +132,7 @@ class TrainConfig:
     keep_at: option(tuple[int, ...], "N …", "… and one from each of these tokens") = ()
     sample_every: option(int, "STEPS", "a sample after so many; 0 is never") = None
     prompt: option(str | None, "TEXT", "samples go on from it") = None
-    on_spike: option(SPIKE | None, "WAY", "stop, skip or rollback") = None
+    on_spike: option(SPIKE | None, "WAY", "the loss jumps: stop, skip, rollback") = None
     go_ahead: option(bool, "", "begin even what does not fit") = False
 
 
@@ -171,6 +185,7 @@ class ConvertConfig:
 
 def as_arguments(settings: dict, source) -> list[str]:
     """The fields of a YAML file as one would type them. Raises CommandError."""
+    switch = yaml.SafeLoader.bool_values  # true, yes, on, false, no, off
     known = {f.name: f.default for f in fields(TrainConfig) if f.name != "config"}
     arguments, names = [], ", ".join(known)
     for name, value in settings.items():
@@ -181,23 +196,29 @@ def as_arguments(settings: dict, source) -> list[str]:
             raise CommandError(f"{source}: {name} must be one value, not a list")
         if any(isinstance(item, dict | list) for item in values):
             raise CommandError(f"{source}: {name} must be plain, not names in names")
-        if value is True or value is False:
-            arguments += [f"--{name}"] * value
-        elif isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)] if value else []
-        elif value is not None:
-            arguments.append(str(value) if name == "size" else f"--{name}={value}")
+        if isinstance(value, list):
+            arguments += [f"--{name}", *value] if value else []
+        elif known[name] is False:
+            if value.lower() not in switch:
+                raise CommandError(f"{source}: {name} is {value}, not true or false")
+            arguments += [f"--{name}"] * switch[value.lower()]
+        elif value not in ("", "~", "null"):
+            arguments.append(value if name == "size" else f"--{name}={value}")
     return arguments
 
 
 def read_yaml(path: str | Path) -> dict:
-    """The fields in a YAML file. Raises CommandError."""
+    """The fields in a YAML file, each as it was typed. Raises CommandError."""
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        found, node = (f(text, yaml.BaseLoader) for f in (yaml.load, yaml.compose))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CommandError(f"{path} is no YAML that can be read: {error}") from error
     if not isinstance(found, dict):
         raise CommandError(f"{path} must hold lines such as `n_tokens: 20M`")
+    names = [key.value for key, _ in node.value]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise CommandError(f"{path}: {min(twice)} stands there twice; keep one line")
     return found
 
 
@@ -224,6 +245,9 @@ def asked(config: TrainConfig) -> dict:
 
 def check_train(config: TrainConfig) -> None:
     """Raise CommandError for options that contradict each other."""
+    for word in (*config.text, *config.data):
+        if re.fullmatch(r"gpt3-[\d.]+[kmb]", word) and not Path(word).exists():
+            raise CommandError(f"{word} is a size: put it first, gpt3 train {word} …")
     if config.text and config.data:
         raise CommandError("--text or --data, not both: a text becomes data by itself")
     n, m = len(config.weights), len(config.data)
@@ -253,34 +277,16 @@ def write_config(config: TrainConfig, path: Path) -> None:
     from gpt3lib.files import write_beside
 
     told = {k: list(v) if type(v) is tuple else v for k, v in asdict(config).items()}
+    told |= {k: "inf" for k, v in told.items() if v == math.inf}  # as one types it
     del told["config"]
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
     write_beside(path, text.encode())
-
-
-def choose_tokenizer(config: TokenizeConfig):
-    """GPT-2's tokenizer, one learned from the files, or that of a file or folder."""
-    from gpt3lib.loading import MERGES
-    from gpt3lib.own_text import learn_tokenizer
-    from gpt3lib.tokenization import Tokenizer
-    from gpt3lib.using import whole_texts
-
-    name, path = config.tokenizer, Path(config.tokenizer)
-    if name == "learn":
-        limit = max(10_000, 4_000_000 // len(config.files))
-        documents = whole_texts(config.files, config.field, limit)
-        return learn_tokenizer(documents, config.vocab_size)
-    if config.vocab_size is not None:
-        raise CommandError("--vocab_size is for --tokenizer learn; others have theirs")
-    if name == "gpt2":
-        return Tokenizer.gpt2()
-    return Tokenizer.load(path / MERGES if (path / MERGES).is_file() else path)
 
 
 def run_tokenize(config: TokenizeConfig) -> None:
     """What `gpt3 tokenize` does."""
     from gpt3lib.loading import read_documents, text_size, write_tokens
+    from gpt3lib.own_text import choose_tokenizer
 
     total = sum(text_size(path) for path in config.files)
     tokenizer = choose_tokenizer(config)
@@ -288,8 +294,9 @@ def run_tokenize(config: TokenizeConfig) -> None:
     ways = {"shard_tokens": config.shard_tokens, "n_threads": config.n_threads}
     ways |= {"progress": sys.stderr.isatty(), "total_bytes": total}
     tokens = write_tokens(documents, config.out, tokenizer, **ways)
+    n = tokens.n_documents
     print(
-        f"{config.out}: {len(tokens):,} tokens, {tokens.n_documents:,} documents, "
+        f"{config.out}: {len(tokens):,} tokens, {n:,} document{'s' * (n != 1)}, "
         f"{tokens.bytes_per_token:.2f} bytes a token, {tokens.vocab_size:,} ids"
     )
 
@@ -297,22 +304,25 @@ def run_tokenize(config: TokenizeConfig) -> None:
 def run_train(config: TrainConfig) -> None:
     """What `gpt3 train` does."""
     check_train(config)
-    name = Path(config.text[0]).stem if config.text else config.size
+    name = Path(os.path.abspath(config.text[0])).stem if config.text else config.size
     config = replace(config, out=config.out or f"runs/{name}")
     path = Path(config.out) / "config.yaml"
     from gpt3lib import own_text
 
-    if path.exists():
-        texts, config = config.text, with_stored(config, path)
-        if texts:  # are they what they were?
-            own_text.prepare_text(texts, path.parent, config.vocab_size)
+    with own_text.alone(path.parent):
+        if again := path.exists():
+            texts, config = config.text, with_stored(config, path)
+            if texts:  # are they what they were?
+                own_text.prepare_text(texts, path.parent, config.vocab_size)
+        else:
+            config = own_text.settled(config)
+        parts = own_text.ready(config)  # nothing is stored before it is checked
+        write_config(config, path)
+    if again:
         print(f"{config.out}: going on from its last checkpoint")
-    else:
-        config = own_text.settled(config)
-    write_config(config, path)
     print("Ctrl-C stops; the same command goes on.", flush=True)
     try:
-        model, state = own_text.learn(config)
+        model, state = own_text.learn(config, parts)
         if not state.finished:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -328,7 +338,7 @@ def finish(config: TrainConfig, model) -> None:
     tokens, *_ = own_text.open_data(config)[0].values()
     using.write_model(model, tokens.tokenizer, Path(config.out) / "model")
     for path in Path(config.out).glob("data/held_out"):
-        tell(model, tokens.tokenizer, str(path), 100_000)
+        using.tell(model, tokens.tokenizer, str(path), 100_000)
     prompt = config.prompt or ""
     using.write_text(model, tokens.tokenizer, prompt, 200, seed=0, top_p=0.85)
     print(f"\nMore of it: gpt3 generate {config.out}")
@@ -338,9 +348,11 @@ def prompts(config: GenerateConfig):
     """The prompt that was given; else what comes in, or what somebody types."""
     if config.prompt is not None:
         yield config.prompt
-    elif not sys.stdin.isatty():
-        yield sys.stdin.read().rstrip("\n")
+    elif not (sys.stdin and sys.stdin.isatty()):  # a pipe, a file, or closed
+        yield sys.stdin.read().rstrip("\n") if sys.stdin else ""
     else:
+        with suppress(ImportError):  # arrows move in the line; Windows' do anyway
+            __import__("readline")
         print("A prompt and Enter; Ctrl-C stops a text, Ctrl-D ends.")
         with suppress(EOFError):
             while True:
@@ -363,24 +375,15 @@ def run_generate(config: GenerateConfig) -> None:
             print()
 
 
-def tell(model, tokenizer, path: str, limit: int) -> None:
-    """Print how well a model predicts a text."""
-    from gpt3lib.using import measure
-
-    found = measure(model, tokenizer, path, limit)
-    print(
-        f"{path}: loss {found['loss']:.3f}, perplexity {math.exp(found['loss']):.1f}, "
-        f"{found['bits_per_byte']:.3f} bits per byte, over {found['n_tokens']:,} tokens"
-    )
-
-
 def run_eval(config: EvalConfig) -> None:
     """What `gpt3 eval` does."""
-    from gpt3lib.using import find_model
+    from gpt3lib.using import find_model, tell
 
     held = sorted(map(str, Path(config.model).glob("data/held_out")))
     if not config.data and not held:
         raise CommandError("on which text? Give --data: texts, or folders of tokens")
+    if config.n_tokens < 1:
+        raise CommandError(f"--n_tokens is {config.n_tokens}; it must be 1 or more")
     model, tokenizer = find_model(config.model, config.device)
     for path in config.data or held:
         tell(model, tokenizer, path, config.n_tokens)
@@ -394,8 +397,8 @@ def run_convert(config: ConvertConfig) -> None:
 
     model, tokenizer = find_model(config.model, "cpu")
     model = model.to(getattr(torch, config.dtype))
-    convert(model, tokenizer, config.out, config.to)
-    print(f"{config.out}: {model.num_params():,} parameters, a {config.to}")
+    written = convert(model, tokenizer, config.out, config.to)
+    print(f"{config.out}: {written.num_params():,} parameters, a {config.to}")
 
 
 HELP = """gpt3: train, ask and measure GPT-3s of every size.

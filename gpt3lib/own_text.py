@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from gpt3lib.files import NoDice, Refusal, sha256, write_beside
-from gpt3lib.loading import MANIFEST, Loader, Tokens, write_tokens
+from gpt3lib.loading import MANIFEST, MERGES, Loader, Tokens, text_files, write_tokens
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.recipe import TABLE_BATCHES, Recipe, peak_by_size
-from gpt3lib.runs import Store, flops_per_token, measured_peak, run
+from gpt3lib.runs import Options, Store, flops_per_token, measured_peak, run
 from gpt3lib.sizes import EXTRA_SMALL
 from gpt3lib.tokenization import Tokenizer
 from gpt3lib.using import find_device, whole_texts
@@ -32,12 +32,46 @@ def learn_tokenizer(documents: list[str], vocab_size: int | None = None) -> Toke
     return Tokenizer.train(text, vocab_size)
 
 
+def choose_tokenizer(config) -> Tokenizer:
+    """GPT-2's tokenizer, one learned from the files, or that of a file or folder."""
+    name, path = config.tokenizer, Path(config.tokenizer).expanduser()
+    if name == "learn":
+        limit = max(10_000, 4_000_000 // len(config.files))
+        documents = whole_texts(config.files, config.field, limit)
+        return learn_tokenizer(documents, config.vocab_size)
+    words = "--vocab_size is for --tokenizer learn; others have theirs"
+    StartError.unless(config.vocab_size is None, words)
+    if name == "gpt2":
+        return Tokenizer.gpt2()
+    return Tokenizer.load(path / MERGES if (path / MERGES).is_file() else path)
+
+
 class StartError(Refusal, ValueError):
     """A run that cannot, or should not, begin; the message says what would help."""
 
 
-HELD_SHARE = 20  # the last twentieth of each text is held out
+HELD_SHARE = 20  # a twentieth is held out
 LOSSLESS = "utf-8", "surrogatepass"
+
+
+def texts_of(path) -> list[Path]:
+    """A file, or the texts below a folder, but none that a run has written there."""
+    runs = {state.parents[1] for state in Path(path).rglob("step-*/state.json")}
+    return [file for file in text_files(path) if runs.isdisjoint(file.parents)]
+
+
+def parted(documents: list[str]) -> tuple[list[str], list[str]]:
+    """What is learned from, and what is held out: of each text the last twentieth.
+
+    Of texts that are short, and many, every twentieth is held out whole.
+    """
+    texts = [text for text in documents if text.strip()]
+    if len(texts) >= HELD_SHARE and sum(map(len, texts)) < 1000 * len(texts):
+        held = texts[HELD_SHARE - 1 :: HELD_SHARE]
+        return [t for i, t in enumerate(texts, 1) if i % HELD_SHARE], held
+    ends = [len(text) - len(text) // HELD_SHARE for text in texts]
+    held = [text[end:] for text, end in zip(texts, ends) if text[end:]]
+    return [text[:end] for text, end in zip(texts, ends)], held
 
 
 def prepare_text(paths, folder: Path, vocab_size: int | None = None) -> Tokens:
@@ -46,8 +80,11 @@ def prepare_text(paths, folder: Path, vocab_size: int | None = None) -> Tokens:
     What is there already stays. Raises StartError, also for texts that have changed
     since, and LoadingError.
     """
-    documents, place = whole_texts(paths), folder / "data"
-    names, n = ", ".join(map(str, paths)), sum(map(len, documents))
+    files = [file for path in paths for file in texts_of(path)]
+    names = ", ".join(map(str, paths))
+    StartError.unless(files, f"{names}: only what runs have written; give a text")
+    documents, place = whole_texts(files), folder / "data"
+    n = sum(map(len, documents))
     few = f"{names}: {n} characters are too few to learn from"
     StartError.unless(n >= 1000, f"{few}; 1,000 are the least, 100,000 a beginning")
     mark, told = sha256("\0".join(documents).encode(*LOSSLESS)), place / "texts.sha256"
@@ -56,9 +93,7 @@ def prepare_text(paths, folder: Path, vocab_size: int | None = None) -> Tokens:
         write_beside(told, mark.encode())
     other = f"{names}: not the text with which the run in {folder} began"
     StartError.unless(told.read_text() == mark, f"{other}; give it another --out")
-    ends = [len(text) - len(text) // HELD_SHARE for text in documents]
-    train = [text[:end] for text, end in zip(documents, ends)]
-    held = [text[end:] for text, end in zip(documents, ends) if text[end:]]
+    train, held = parted(documents)
     if not (place / "train" / MANIFEST).exists():
         write_tokens(train, place / "train", learn_tokenizer(train, vocab_size))
     tokens = Tokens(place / "train")
@@ -162,7 +197,7 @@ def obstacles(shape: GPTConfig, recipe: Recipe, memory: int | None, peak: float)
     wanted, why = TRAINING_BYTES * count(shape), []
     seconds = flops_per_token(shape) * recipe.n_tokens / peak
     if memory is not None and wanted > memory:
-        why.append(f"needs {room(wanted)} of memory where {room(memory)} are")
+        why.append(f"needs {room(wanted)} of memory (there are {room(memory)})")
     if seconds > MONTH:
         why.append(f"would take {duration(seconds)} here")
     return " and ".join(why)
@@ -189,8 +224,8 @@ def fit(config, n_text: int, speed_of: Callable[[GPTConfig], float]):
         n_tokens = max(config.n_ctx, int(min(EPOCHS * n_text, affordable)))
         if best and n_tokens < PER_PARAMETER * 12 * shape.n_layers * shape.d_model**2:
             break
-        best = replace(config, size=size, n_tokens=config.n_tokens or n_tokens)
-    return best
+        best = replace(config, size=size, n_tokens=n_tokens)
+    return replace(best, **given(config, ["n_tokens"]))
 
 
 def speed(shape: GPTConfig, device: torch.device) -> float:
@@ -239,15 +274,35 @@ def open_data(config) -> tuple[dict[str, Tokens], dict[str, float]]:
     return sources, dict(zip(sources, weights))
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A run's folder for this call alone, made if need be."""
+    StartError.unless(not folder.is_file(), f"{folder} is a file; give a folder")
+    with Store(folder).locked():
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a refused start leaves no empty folder
+                if os.listdir(folder) == ["lock"]:
+                    (folder / "lock").unlink()
+                    os.removedirs(folder)
+
+
 def begin_text(config, device: torch.device):
     """The config of a run on texts, which lie as shards in its folder from then on."""
-    names = ", ".join(Path(path).name for path in config.text)
+    names = ", ".join(Path(os.path.abspath(path)).name for path in config.text)
     print(f"{names}: learning how to cut it into tokens …", flush=True)
-    tokens = prepare_text(config.text, Path(config.out), config.vocab_size)
+    out, old = Path(config.out), ("train/" + MANIFEST, "held_out/" + MANIFEST)
+    begun = (out / "config.yaml").exists() or any(out.glob("step-*"))
+    for name in () if begun else ("texts.sha256", *old):  # a refused start left them
+        (out / "data" / name).unlink(missing_ok=True)
+    tokens = prepare_text(config.text, out, config.vocab_size)
     found = f"{len(tokens):,} tokens to learn from, {tokens.vocab_size:,} different"
     print(f"{found} ones, {tokens.bytes_per_token:.1f} bytes each", flush=True)
+    wanted = config.vocab_size or tokens.vocab_size  # a text may yield fewer
     config = replace(config, vocab_size=tokens.vocab_size)
-    return fit(config, len(tokens), lambda shape: fastest(shape, device)[0])
+    config = fit(config, len(tokens), lambda shape: fastest(shape, device)[0])
+    return replace(config, vocab_size=wanted)
 
 
 def settled(config):
@@ -269,27 +324,38 @@ def settled(config):
     peak = measured_peak(device, config.bf16)
     why = obstacles(shape, recipe, memory_of(device), peak)
     if why and not config.go_ahead:
-        raise StartError(f"{config.size} {why}; --go-ahead begins all the same")
+        raise StartError(f"{config.size} {why}; --go_ahead begins all the same")
     if not sources:
         raise StartError("nothing to learn from; give --data FOLDER or --text FILE")
     fields = {name: getattr(recipe, name) for name in RATES}
     fields |= {name: getattr(shape, name) for name in SHAPE}
-    n_threads = config.n_threads or fastest(shape, device)[1]
-    return replace(config, **fields, n_threads=n_threads, seed=config.seed or 0)
+    n = fastest(shape, device)[1] if config.n_threads is None else config.n_threads
+    return replace(config, **fields, n_threads=n, seed=config.seed or 0)
 
 
+MOST_THREADS = 1024  # torch ends without a word when there are too many
 RUN_WAYS = "on_spike save_every micro_batch sample_every prompt bf16 compile".split()
 
 
-def learn(config):
-    """Run a settled config, from its beginning or where it was: model and State."""
+def ready(config):
+    """Device, shape, recipe, Loader and Store of a run; each says what is wrong."""
     sources, weights = open_data(config)
-    shape = plan_model(config, max(source.vocab_size for source in sources.values()))
+    n, sizes = config.n_threads, [source.vocab_size for source in sources.values()]
+    words = f"n_threads is {n}; it must be 1 to {MOST_THREADS:,}"
+    StartError.unless(1 <= n <= MOST_THREADS, words)
+    shape = plan_model(config, max(sizes, default=None))
     recipe = plan_recipe(config, shape)
-    model = GPT(shape, config.seed).to(find_device(config.device))
+    recipe.steps(shape.n_ctx)  # is there one?
     loader = Loader(sources, weights, shape.n_ctx, config.seed)
-    store = Store(config.out, config.keep_last or 3, config.keep_at)
-    ways = given(config, RUN_WAYS)
+    store = Store(config.out, **given(config, ("keep_last", "keep_at")))
+    Options(**given(config, RUN_WAYS))
+    return find_device(config.device), shape, recipe, loader, store
+
+
+def learn(config, parts=None):
+    """Run a settled config, which may be `ready`, from where it is: model, State."""
+    device, shape, recipe, loader, store = parts or ready(config)
+    model, ways = GPT(shape, config.seed).to(device), given(config, RUN_WAYS)
     with threads(config.n_threads):
         state = run(model, recipe.optimizer(model), loader, store, recipe, **ways)
     return model, state

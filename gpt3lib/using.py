@@ -40,7 +40,7 @@ def find_device(name: str | None = None) -> torch.device:
     """The device of this name, else the best there is. Raises WeightsError."""
     try:
         device = torch.device(name) if name else pick_device()
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise WeightsError(f"no device {name!r} here; try cpu, cuda or mps") from error
     return device
@@ -162,6 +162,15 @@ def measure(model: GPT, tokenizer: Tokenizer, path: str, limit: int = 10**6) -> 
     return {"loss": loss, "bits_per_byte": bits, "n_tokens": n_tokens}
 
 
+def tell(model, tokenizer, path: str, limit: int) -> None:
+    """Print how well a model predicts a text."""
+    found = measure(model, tokenizer, path, limit)
+    print(
+        f"{path}: loss {found['loss']:.3f}, perplexity {math.exp(found['loss']):.1f}, "
+        f"{found['bits_per_byte']:.3f} bits per byte, over {found['n_tokens']:,} tokens"
+    )
+
+
 def as_neo(model: GPT) -> OtherGPT:
     """The same function made of GPT-Neo's parts, whose q, k and v have no biases.
 
@@ -196,8 +205,8 @@ def check_kind(model: GPT, kind: str) -> None:
         raise WeightsError(f"no kind {kind!r}; there are gpt2, gpt_neo and gpt3lib")
 
 
-def convert(model: GPT, tokenizer: Tokenizer, folder: str | Path, kind: str) -> None:
-    """Write a model as a gpt2, gpt_neo or gpt3lib, with its tokenizer.
+def convert(model: GPT, tokenizer: Tokenizer, folder: str | Path, kind: str) -> GPT:
+    """Write a model as a gpt2, gpt_neo or gpt3lib, with its tokenizer; what is written.
 
     Raises WeightsError for a kind that cannot hold it.
     """
@@ -207,8 +216,9 @@ def convert(model: GPT, tokenizer: Tokenizer, folder: str | Path, kind: str) -> 
         model = as_neo(model).to(dtype)
     if kind != "gpt3lib":
         write_model(model, tokenizer, folder)
-        return
+        return model
     config = json.dumps(asdict(model.config))
     about = {"format": "pt", "layout": kind, "config": config}
     write_folder(Path(folder), model.state_dict(), about, config + "\n")
     write_tokenizer(tokenizer, model.config.n_ctx, Path(folder))
+    return model

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from gpt3lib import cli, own_text, using
+from gpt3lib.checkpoints import Store
 from gpt3lib.cli import (
     COMMANDS,
     FREE,
@@ -88,13 +89,19 @@ def losses(run):
 
 @pytest.mark.parametrize(
     "words, number",
-    [("20000000", 2e7), ("20_000_000", 2e7), ("2e7", 2e7), ("20M", 2e7), ("1.5k", 1500), ("300B", 3e11)],
+    [("20000000", 2e7), ("20_000_000", 2e7), ("2e7", 2e7), ("20M", 2e7), ("1.5k", 1500), ("300B", 3e11), (".5k", 500)],
 )
 def test_amounts(words, number):
     assert amount(words) == number and type(amount(words)) is int
 
 
-@pytest.mark.parametrize("words", ["", "x", "1.5", "-3", "1e-3", "0.1k5", "2 M", "nan", "inf"])
+def test_large_amounts_are_exact():
+    assert amount("9007199254740993") == 2**53 + 1 and amount("9_007_199_254_740.993k") == 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    "words", ["", "x", "1.5", "-3", "1e-3", "0.1k5", "2 M", "nan", "inf", "1e400", "1e30", "__1", "_1", "1__0", "²"]
+)
 def test_what_is_no_amount(words):
     with pytest.raises(ValueError, match="no whole number"):
         amount(words)
@@ -156,7 +163,11 @@ def test_what_is_typed_goes_before_the_file(tmp_path):
         ("n_tokens: {a: 1}", "n_tokens must be plain"),
         ("n_tokens: soon", "'soon' is no whole number"),
         ("n_tokens: [1, 2]", "n_tokens must be one value"),
-        ("!!python/object/apply:os.system ['true']", "is no YAML"),
+        ("!!python/object/apply:os.system ['true']", "must hold lines"),
+        ("seed: 1\npeak: 1\nseed: 2", "seed stands there twice"),
+        ("n_tokens: false", "--n_tokens: 'false' is no whole number"),
+        ("seed: No", "--seed: 'No' is no whole number"),
+        ("bf16: 3", "bf16 is 3, not true or false"),
     ],
 )
 def test_files_that_are_refused(content, words, tmp_path):
@@ -165,6 +176,30 @@ def test_files_that_are_refused(content, words, tmp_path):
         parse_train(["--config", str(tmp_path / "run.yaml")])
     with pytest.raises(CommandError, match="is no YAML that can be read"):
         parse_train(["--config", str(tmp_path / "none.yaml")])
+
+
+def test_what_a_file_says_is_read_as_it_stands(tmp_path):
+    """YAML would make a False of No, 8 of 010, 90 of 1:30, and 1 of 1.0."""
+    for words in ("No", "010", "1:30", "1.0", "off", "2020-01-01"):
+        (tmp_path / "run.yaml").write_text(f"prompt: {words}\nbf16: 'yes'\ncompile: off\nseed:\nn_ctx: ~\n")
+        config = parse_train(["--config", str(tmp_path / "run.yaml")])
+        assert config == TrainConfig(prompt=words, bf16=True, config=config.config)
+
+
+def test_an_infinite_clip_is_written_and_read(tmp_path):
+    write_config(TrainConfig(clip=float("inf")), tmp_path / "c.yaml")
+    assert parse_train(["--config", str(tmp_path / "c.yaml")]).clip == float("inf")
+
+
+def test_home_is_home_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("out: ~/x\ntext: [~/a, b]\nprompt: ~/p\n")
+    config = parse_train(["--config=~/run.yaml"])
+    home = str(tmp_path)
+    assert (config.out, config.text, config.prompt) == (f"{home}/x", (f"{home}/a", "b"), "~/p")
+    assert parse_train(["--data", "~/d", "--out=~/y"]).data == (f"{home}/d",)
+    assert ask(TokenizeConfig, ["~/a", "--out=~/t"]).out == f"{home}/t"
+    assert ask(ConvertConfig, ["~/m", "~/o", "--to", "gpt2"]) == ConvertConfig(f"{home}/m", f"{home}/o", "gpt2")
 
 
 PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(
@@ -222,12 +257,18 @@ def test_free_fields_are_fields():
         ("train gpt3-1m --vocab_size 300", "--vocab_size chooses something for --text"),
         ("train --text mine.txt --minutes -1", "--minutes is -1.0"),
         ("train", "which size?"),
+        ("train --text mine.txt gpt3-1m", "gpt3-1m is a size: put it first"),
+        ("train --text mine.txt --out mine.txt", "mine.txt is a file; give a folder"),
+        ("train --text mine.txt --device meta", "no device 'meta'"),
+        ("train --text mine.txt --n_tokens 1e400", "no whole number"),
+        ("train --text mine.txt --n_tokens 0", "n_tokens is 0"),
+        ("eval nowhere --data mine.txt --n_tokens 0", "--n_tokens is 0; it must be 1 or more"),
         ("train gpt3-2m --data nowhere", "nowhere"),
         ("train gpt3-1m --data mine.txt", "mine.txt"),
         ("train gpt3-1m --device warp", "no device 'warp'"),
         ("train --text nowhere.txt", "nowhere.txt"),
         ("train gpt3-175b --device cpu", "needs 2,794 GB of memory"),
-        ("train gpt3-175b --device cpu --go-ahead", "nothing to learn from"),
+        ("train gpt3-175b --device cpu --go_ahead", "nothing to learn from"),
         ("generate nowhere/at/all hello", "no such folder"),
         ("eval nowhere", "on which text?"),
         ("tokenize nowhere.txt --out t", "nowhere.txt"),
@@ -243,6 +284,7 @@ def test_errors_are_one_line_and_the_code_2(line, words, here, capfd):
     code, _, error = gpt3(line, capfd)
     assert code == 2 and error.startswith("gpt3: ") and words in error
     assert error.count("\n") == 1 and "Traceback" not in error
+    assert not Path("runs").exists() or [*Path("runs").rglob("texts.sha256")]  # no folder without anything
 
 
 def test_the_unforeseen_is_one_line_too_and_tells_on_request(here, capfd, monkeypatch):
@@ -353,7 +395,7 @@ def test_ctrl_c_ends_one_text_only_when_there_are_more(trained, capfd, monkeypat
 def test_tokens_are_written_and_trained_on(here, capfd):
     Path("two.jsonl").write_text('{"words": "the rain"}\n{"words": "the dog"}\n')
     code, out, _ = gpt3("tokenize mine.txt --out a --tokenizer learn --vocab_size 270", capfd)
-    assert code == 0 and "1 documents" in out and "270 ids" in out
+    assert code == 0 and "1 document," in out and "270 ids" in out
     code, out, _ = gpt3("tokenize two.jsonl --field words --out b --tokenizer a", capfd)
     assert code == 0 and "2 documents" in out
     assert Tokens("a").tokenizer.merges == Tokens("b").tokenizer.merges
@@ -386,6 +428,99 @@ def test_a_finished_run_and_one_with_another_text(trained, capfd, monkeypatch):
     assert code == 2 and "not the text with which the run" in error
     code, _, error = gpt3("train --out runs/mine --n_tokens 9k", capfd)
     assert code == 2 and "n_tokens is 9000, but the run in runs/mine began with 8000" in error
+
+
+# --- starts that are refused ---
+
+
+QUICK = "train gpt3-100k --text mine.txt --out run --n_tokens 512 --n_ctx 32 --batch_tokens 256"
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ("--seed 1T", "seed"),
+        ("--seed 2e18", "seed is 2000000000000000000"),
+        ("--save_every 0", "save_every is 0"),
+        ("--micro_batch 0", "micro_batch is 0"),
+        ("--keep_last 0", "keep_last is 0"),
+        ("--keep_at 0", "keep_at is 0"),
+        ("--n_threads 0", "n_threads is 0; it must be 1 to 1,024"),
+        ("--n_threads 100000", "n_threads is 100000"),
+        ("--n_tokens 10", "n_tokens is 10, less than a sequence of 32"),
+        ("--n_ctx 100000", "hold no window"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_leaves_no_trace(wrong, words, here, capfd):
+    code, _, error = gpt3(f"{QUICK} --n_threads 1 {wrong}", capfd)
+    assert code == 2 and words in error and not Path("run/config.yaml").exists()
+    assert gpt3(f"{QUICK} --n_threads 1", capfd)[0] == 0
+
+
+def test_wrong_weights_are_refused_and_leave_no_trace(trained, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    line = f"train gpt3-100k --data runs/mine/data/train runs/mine/data/held_out --out {tmp_path}/new/run"
+    code, _, error = gpt3(f"{line} {SMALL} --weights -1 2", capfd)
+    assert code == 2 and "the weight of" in error and not (tmp_path / "new").exists()
+
+
+def test_a_refused_start_does_not_change_the_next_one(here, capfd):
+    assert gpt3("train --text mine.txt --n_ctx 100000", capfd)[0] == 2
+    Path("mine.txt").write_text(text(7000))  # lengthened
+    code, _, error = gpt3(f"train --text mine.txt --vocab_size 270 {SMALL}", capfd)
+    assert (code, error) == (0, "") or "it/s" in error or "tok" in error
+    assert Tokens("runs/mine/data/train").vocab_size == 270
+
+
+def test_the_same_command_goes_on_though_the_text_yielded_fewer_tokens(here, capfd):
+    Path("mine.txt").write_text("the cat sat on the mat\n" * 100)
+    line = f"train --text mine.txt --vocab_size 20000 {SMALL}"
+    assert gpt3(line, capfd)[0] == 0 and Tokens("runs/mine/data/train").vocab_size < 1000
+    code, out, _ = gpt3(line, capfd)
+    assert code == 0 and "going on" in out
+
+
+def test_what_goes_on_is_checked_before_it_is_stored(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    before = Path("runs/mine/config.yaml").read_text()
+    for wrong, words in [("--micro_batch 0", "micro_batch is 0"), ("--device warp", "no device 'warp'")]:
+        code, _, error = gpt3(f"train --out runs/mine {wrong}", capfd)
+        assert code == 2 and words in error and Path("runs/mine/config.yaml").read_text() == before
+    with Store("runs/mine").locked():
+        code, _, error = gpt3("train --out runs/mine --save_every 7", capfd)
+    assert code == 2 and "in use by another run" in error and Path("runs/mine/config.yaml").read_text() == before
+
+
+def test_a_folder_of_texts_is_a_text_of_that_name_and_goes_on(tmp_path, capfd, monkeypatch):
+    (tmp_path / "plays").mkdir()
+    monkeypatch.chdir(tmp_path / "plays")
+    Path("mine.txt").write_text(text(6000))
+    assert gpt3(f"train --text . {SMALL} --sample_every 4", capfd)[0] == 0
+    assert Path("runs/plays/samples.txt").stat().st_size and Path("runs/plays/model/merges.txt").exists()
+    code, out, _ = gpt3(f"train --text . {SMALL} --sample_every 4", capfd)
+    assert code == 0 and "going on" in out
+    code, _, error = gpt3("train --text runs --out other", capfd)
+    assert code == 2 and "runs: only what runs have written" in error
+
+
+def test_home_holds_the_whole_run(here, capfd, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    assert gpt3(f"train --text mine.txt --out=~/x {SMALL}", capfd)[0] == 0
+    assert {"config.yaml", "model", "log.csv"} <= {path.name for path in (here / "home/x").iterdir()}
+    assert not Path("~").exists()
+
+
+def test_no_input_is_an_empty_prompt(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert gpt3("generate runs/mine --n_tokens 3 --seed 1", capfd)[0] == 0
+
+
+def test_convert_counts_what_it_writes(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    code, out, _ = gpt3("convert runs/mine neo --to gpt_neo", capfd)
+    n = sum(t.numel() for t in load_file("neo/model.safetensors").values())
+    assert code == 0 and f"neo: {n:,} parameters" in out
 
 
 # --- stopped, and on: real processes ---

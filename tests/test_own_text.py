@@ -1,11 +1,13 @@
 """Your own text: what is chosen for it, what a run needs, and why it should not begin."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from gpt3lib import own_text
+from gpt3lib.checkpoints import RunError
 from gpt3lib.cli import TrainConfig
 from gpt3lib.loading import LoadingError, Tokens
 from gpt3lib.model import ConfigError, GPTConfig
@@ -84,6 +86,48 @@ def test_texts_that_are_none(content, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_of_many_short_texts_some_are_held_out_whole(tmp_path):
+    lines = [f"a line, {i}" for i in range(500)]
+    rows = "".join(json.dumps({"text": line}) + "\n" for line in [*lines, "", " "])
+    (tmp_path / "short.jsonl").write_text(rows)
+    tokens = prepare_text([tmp_path / "short.jsonl"], tmp_path / "run")
+    held = Tokens(tmp_path / "run" / "data" / "held_out")
+    assert (tokens.n_documents, held.n_documents) == (475, 25)
+    told = [tokens.tokenizer.decode(part[:].tolist()) for part in (tokens, held)]
+    assert sorted("".join(told).split("<|endoftext|>")[1:]) == sorted(lines)
+
+
+def test_of_few_or_long_texts_the_end_is_held_out():
+    assert own_text.parted(["a" * 40, "b" * 60]) == (["a" * 38, "b" * 57], ["aa", "bbb"])
+    train, held = own_text.parted(["x" * 1000] * 20)
+    assert [len(part) for part in train] == [950] * 20 and [len(part) for part in held] == [50] * 20
+    assert len(own_text.parted(["x" * 999] * 20)[1]) == 1
+
+
+def test_what_runs_have_written_is_no_text(mine, tmp_path):
+    run = tmp_path / "runs" / "one"
+    (run / "model").mkdir(parents=True)
+    (run / "step-0000000000").mkdir()
+    for name in ("step-0000000000/state.json", "samples.txt", "notes.txt", "model/merges.txt"):
+        (run / name).write_text("x")
+    (tmp_path / "more.md").write_text("y")
+    assert own_text.texts_of(tmp_path) == [mine, tmp_path / "more.md"]
+    assert own_text.texts_of(run / "samples.txt") == [run / "samples.txt"]
+
+
+def test_a_folder_is_for_one_run_alone_and_leaves_nothing_when_refused(tmp_path):
+    run = tmp_path / "new" / "run"
+    with pytest.raises(ZeroDivisionError), own_text.alone(run):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(RunError, match="in use"), own_text.alone(run), own_text.alone(run):
+        pass
+    with pytest.raises(ZeroDivisionError), own_text.alone(run):
+        (run / "mine").touch()
+        1 / 0  # noqa: B018
+    assert (run / "mine").exists()
+
+
 # --- the plan ---
 
 
@@ -124,7 +168,7 @@ def test_obstacles():
     recipe, memory = plan_recipe(config, shape), 16 * count(shape)
     assert obstacles(shape, recipe, memory, 1e15) == ""
     assert obstacles(shape, recipe, None, 1e15) == ""
-    assert "needs 2,004 MB of memory where 2,004 MB are" in obstacles(shape, recipe, memory - 1, 1e15)
+    assert "needs 2,004 MB of memory (there are 2,004 MB)" in obstacles(shape, recipe, memory - 1, 1e15)
     work = own_text.flops_per_token(shape) * 10**6
     month = 30 * 24 * 3600
     assert obstacles(shape, recipe, memory, work / month * 1.01) == ""
@@ -210,7 +254,7 @@ def test_a_run_on_a_text_settles_learns_and_is_repeatable(mine, tmp_path, capsys
 def test_runs_that_should_not_begin(tmp_path, monkeypatch):
     with pytest.raises(StartError, match="which size"):
         settled(TrainConfig())
-    with pytest.raises(StartError, match="gpt3-175b needs 2,794 GB .* would take .* --go-ahead"):
+    with pytest.raises(StartError, match="gpt3-175b needs 2,794 GB .* would take .* --go_ahead"):
         settled(TrainConfig("gpt3-175b", device="cpu"))
     with pytest.raises(StartError, match="nothing to learn from"):
         settled(TrainConfig("gpt3-175b", device="cpu", go_ahead=True))
