@@ -10,8 +10,9 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -68,9 +69,8 @@ def check_weights(weights: Mapping) -> None:
 
 def check_writing(documents, folder: Path, tokenizer) -> None:
     """Raise LoadingError unless these can be documents, a folder, and a tokenizer."""
-    kind, many = type(documents).__name__, isinstance(documents, Iterable)
-    one = isinstance(documents, str | bytes)
-    must(many and not one, f"documents is a {kind}; for one text use [text]")
+    fine = isinstance(documents, Iterable) and not isinstance(documents, str | bytes)
+    must(fine, f"documents is a {type(documents).__name__}; for one text use [text]")
     kind, fine = type(tokenizer).__name__, hasattr(tokenizer, "to_tiktoken")
     must(fine, f"tokenizer is a {kind}; it must be a Tokenizer")
     fresh = not (folder / MANIFEST).exists()
@@ -169,8 +169,7 @@ def shuffled_windows(k: np.ndarray, n_tokens: int, n_ctx: int, *words):
 
     Window w starts at token w · n_ctx of the repeated row; the words make its keys.
     """
-    epochs = k * n_ctx // n_tokens
-    windows = np.empty_like(k)
+    epochs, windows = k * n_ctx // n_tokens, np.empty_like(k)
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch  # the first window of an epoch: rounded up
         first, end = (-(-e * n_tokens // n_ctx) for e in (epoch, epoch + 1))
@@ -261,8 +260,7 @@ def text_pieces(document: str | Iterable[str]) -> Iterator[str]:
     A piece ends behind a word and before white space, where no chunk of GPT-2's pattern
     reaches across. Only a word longer than PIECE is cut inside.
     """
-    whole = isinstance(document, str) or not isinstance(document, Iterable)
-    rest = ""
+    whole, rest = isinstance(document, str) or not isinstance(document, Iterable), ""
     for part in [document] if whole else document:
         kind = type(part).__name__
         must(isinstance(part, str), f"a document holds a {kind}; it must be text, str")
@@ -409,17 +407,14 @@ class Tokens:
         about = read_manifest(self.folder)
         check_files(self.folder, about["files"], verify)
         self.tokenizer_sha256, self.dtype = about["tokenizer"], about["dtype"]
+        self.tokenizer = Tokenizer.load(self.folder / MERGES)  # it made the ids
         self.vocab_size, _, self.n_documents, self.n_bytes = map(about.get, COUNTS)
+        told, has = self.vocab_size, self.tokenizer.vocab_size
+        must(told == has, f"{folder}: vocab_size is {told} in {MANIFEST}, not {has}")
         self.sha256 = sha256(self.folder / MANIFEST)  # and so of all the rest
-        kind = np.dtype(self.dtype).newbyteorder("<")
-        _, *files = about["files"]
+        kind, (_, *files) = np.dtype(self.dtype).newbyteorder("<"), about["files"]
         self.shards = [np.memmap(self.folder / file, kind, "r") for file in files]
         self.ends = [*accumulate(map(len, self.shards))]  # where each shard ends
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the ids."""
-        return Tokenizer.load(self.folder / MERGES)
 
     @property
     def bytes_per_token(self) -> float:
@@ -444,13 +439,20 @@ class Tokens:
         return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
 
 
+def text_of(row, field: str, where: str) -> str:
+    """The text in a field of a row, a dict or its JSON. LoadingError says where not."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(row) if isinstance(row, str) else row
+    has = list(row) if isinstance(row, Mapping) else f"{row!r:.40}"
+    fine = isinstance(row, Mapping) and isinstance(row.get(field), str)
+    right = f'it must be one object, such as {{"{field}": "To be"}}'
+    must(fine, f"{where} has no text called {field!r}, but {has}; {right}")
+    return row[field]
+
+
 def stream_dataset(dataset: Iterable, field: str = "text") -> Iterator[str]:
     """The texts of a Hugging Face split, streamed or not; of any dicts."""
-    for number, row in enumerate(dataset):
-        has = list(row) if isinstance(row, Mapping) else f"{row!r:.40}"
-        fine = isinstance(row, Mapping) and isinstance(row.get(field), str)
-        must(fine, f"row {number} has no text called {field!r}, but {has}")
-        yield row[field]
+    return (text_of(row, field, f"row {i}") for i, row in enumerate(dataset))
 
 
 def text_files(path: str | Path) -> list[Path]:
@@ -466,15 +468,22 @@ def read_file(path: Path, field: str) -> Iterator[str]:
     """The texts of a .jsonl file, one in each line; of others the text, in parts."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".jsonl":
-                rows = map(json.loads, filter(str.strip, file))
-                yield from stream_dataset(rows, field)
-            while part := file.read(PIECE):
-                must("\0" not in part, "it holds zeros, so it is binary")
-                yield part
-    except (OSError, ValueError, RecursionError) as error:
-        problem = f"{path} cannot be read as text in UTF-8 ({error}); mend it"
-        raise LoadingError(problem) from error
+            try:
+                if path.suffix.lower() == ".jsonl":
+                    for number, line in enumerate(file, start=1):
+                        if line.strip():
+                            yield text_of(line, field, f"{path}, line {number},")
+                while part := file.read(PIECE):
+                    must("\0" not in part, f"{path} holds zeros: it is binary, no text")
+                    yield part
+            except UnicodeDecodeError as error:
+                # what was decoded in vain ends where the file was read to
+                place = file.buffer.tell() - len(error.object) + error.start
+                words = f"{path} is not in UTF-8, see byte {place}; if it is Latin-1: "
+                words += f"iconv -f latin1 -t utf-8 {path} > NEW"
+                raise LoadingError(words) from error
+    except OSError as error:
+        raise LoadingError(f"{path} cannot be read ({error})") from error
 
 
 def read_documents(path: str | Path, field: str = "text") -> Iterator:

@@ -570,6 +570,10 @@ DAMAGES = {
     ),
     "another format": (lambda f: damage(f, lambda a: a.update(format="2")), "format is '2'"),
     "another count": (lambda f: damage(f, lambda a: a.update(n_tokens=5)), "counts make no sense"),
+    "a vocabulary of 900": (
+        lambda f: damage(f, lambda a: a.update(vocab_size=900)),
+        "vocab_size is 900 in manifest.json, not 4353",
+    ),
     "no count": (lambda f: damage(f, lambda a: a.pop("n_bytes")), "n_bytes"),
     "half a manifest": (lambda f: (f / "manifest.json").write_text('{"format": '), "is damaged"),
     "a list": (lambda f: (f / "manifest.json").write_text("[]"), "is damaged"),
@@ -645,14 +649,23 @@ def test_documents_of_files_and_folders(tmp_path, tokenizer):
 
 
 FILES = {
-    "binary": ("a.txt", b"text\0text", "binary"),
-    "latin": ("a.txt", "Übermut".encode("latin-1"), "UTF-8"),
+    "binary": ("a.txt", b"text\0text", "a.txt holds zeros: it is binary"),
+    "latin": ("a.txt", "Übermut".encode("latin-1"), "UTF-8, see byte 0; .*iconv -f latin1 -t utf-8 .*a.txt > NEW"),
+    "latin later": ("a.txt", b"\n" * 3000 + b"\xe9", "see byte 3000;"),
+    "latin far": ("a.txt", "é".encode() * 2**20 + b"\xe9t", "see byte 2097152;"),
+    "latin lines": ("a.jsonl", b'{"text": "a"}\n' * 9000 + b"\xe9", "see byte 126000;"),
+    "latin after a mark": ("a.txt", b"\xef\xbb\xbfb\xe9t", "see byte 4;"),
+    "cut in a letter": ("a.txt", "aé".encode()[:-1], "see byte 1;"),
     "a picture": ("a.png", b"\x89PNG\r\n", "UTF-8"),
-    "no json": ("a.jsonl", b'{"text": "a"}\nnothing', "UTF-8"),
-    "no such field": ("a.jsonl", b'{"body": "a"}', r"row 0 has no text called 'text', but \['body'\]"),
-    "a list": ("a.jsonl", b"[1]", "row 0 has no text"),
-    "a number": ("a.jsonl", b'{"text": 3}', "row 0 has no text"),
-    "deep": ("a.jsonl", b"[" * 100_000, "cannot be read|row 0"),
+    "no json": (
+        "a.jsonl",
+        b'{"text": "a"}\r\n\n{"text": "b"}\n{nothing',
+        r"a.jsonl, line 4, has no text called 'text', but '\{nothing'; it must be one object, such as \{\"text\": ",
+    ),
+    "no such field": ("a.jsonl", b'\n{"body": "a"}', r"line 2, has no text called 'text', but \['body'\]"),
+    "a list": ("a.jsonl", b"[1]", "line 1, has no text"),
+    "a number": ("a.jsonl", b'{"text": 3}', "line 1, has no text"),
+    "deep": ("a.jsonl", b"[" * 100_000, "line 1, has no text"),
 }
 
 
