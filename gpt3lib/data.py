@@ -36,9 +36,43 @@ def extract(page: str) -> str:
     return "\n".join(line for line in kept if line) + "\n"
 
 
+BEGINNING = 4000  # characters that the classifier reads
+
+
+def features(documents: list[str]):
+    """Hashed word counts, scaled to length 1, as a sparse matrix (documents, 2**14)."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    hashing = HashingVectorizer(n_features=2**14, alternate_sign=False)
+    return hashing.transform(document[:BEGINNING] for document in documents)
+
+
+def train_classifier(good: list[str], raw: list[str]):
+    """Logistic regression that tells good documents (1) from raw pages (0)."""
+    from sklearn.linear_model import LogisticRegression
+
+    answers = [1] * len(as_documents(good)) + [0] * len(as_documents(raw))
+    return LogisticRegression().fit(features([*good, *raw]), answers)
+
+
+def scores(classifier, documents: list[str]) -> np.ndarray:
+    """The probability that each document is a good one, (documents,)."""
+    return classifier.predict_proba(features(documents))[:, 1]
+
+
 def chance(text: str, purpose: str) -> float:
     """A number in [0, 1) that looks random and depends on the text and purpose only."""
     return int(sha256((purpose + text).encode())[:13], 16) / 16**13
+
+
+def pareto(u: float, alpha: float = 9) -> float:
+    """A Pareto (Lomax) number from a uniform one, as np.random.pareto makes it."""
+    return (1 - u) ** (-1 / alpha) - 1
+
+
+def passes(document: str, score: float, alpha: float = 9) -> bool:
+    """The paper's rule: keep iff pareto(9) > 1 - score; the dice are the text's own."""
+    return pareto(chance(document, "quality"), alpha) > 1 - score
 
 
 KEPT = DATA / "crawl_kept.txt"  # a line of twelve hexadecimal digits for each page

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from gpt3lib import data, texts
 from gpt3lib.data import (
@@ -23,12 +21,17 @@ from gpt3lib.data import (
     decontaminate,
     deduplicate,
     extract,
+    features,
     grams,
     held_out,
     jaccard,
     minhash,
     near_duplicates,
+    pareto,
+    passes,
+    scores,
     shingles,
+    train_classifier,
     words,
 )
 
@@ -36,9 +39,8 @@ CHAPTER = Path(__file__).resolve().parent.parent / "book" / "11_data.ipynb"
 
 
 def of_chapter() -> dict:
-    """What the chapter shows and the module has not: the classifier, the dice, the mixture, the windows."""
-    names = "TABLE_2_2", "features", "pareto", "epochs", "visiting_order", "fill_windows"
-    space = {**vars(data), "HashingVectorizer": HashingVectorizer, "LogisticRegression": LogisticRegression}
+    """What the chapter shows and the module has not: the mixture and the windows."""
+    names, space = ("TABLE_2_2", "epochs", "visiting_order", "fill_windows"), {**vars(data)}
     for cell in nbformat.read(CHAPTER, 4).cells:
         if re.search(rf"^(def )?({'|'.join(names)})( = |\()", cell.source, re.MULTILINE):
             exec(cell.source, space)
@@ -47,7 +49,6 @@ def of_chapter() -> dict:
 
 shown = of_chapter()
 epochs, fill_windows, visiting_order = shown["epochs"], shown["fill_windows"], shown["visiting_order"]
-pareto, passes = shown["pareto"], shown["passes"]
 
 
 def prose(seed: int, n_words: int, vocabulary: int = 400) -> list[str]:
@@ -122,8 +123,8 @@ def test_the_papers_rule_passes_as_often_as_its_closed_form(score):
 def test_a_fresh_classifier_agrees_with_the_shipped_list(pages):
     good = [*texts.stories(), *texts.wikipedia(), *texts.speeches(), *texts.corpus()]
     tenth = [[d for d in each if data.chance(d, "tenth") < 0.1] for each in (good, pages)]
-    classifier = shown["train_classifier"](*tenth)
-    found = shown["scores"](classifier, pages)
+    classifier = train_classifier(*tenth)
+    found = scores(classifier, pages)
     assert found.shape == (len(pages),) and found.min() > 0 and found.max() < 1
     fresh = {data.name_of(page) for page, score in zip(pages, found) if passes(page, score)}
     listed = set(data.KEPT.read_text().split())
@@ -135,7 +136,7 @@ def test_a_fresh_classifier_agrees_with_the_shipped_list(pages):
 
 def test_features_read_the_beginning_only():
     long = " ".join(prose(1, 3000))
-    ours = shown["features"]([long, long[:4000], long[:3900]]).toarray()
+    ours = features([long, long[:4000], long[:3900]]).toarray()
     assert (ours[0] == ours[1]).all() and (ours[0] != ours[2]).any() and ours.min() == 0
     assert ours.shape == (3, 2**14) and np.linalg.norm(ours[0]) == pytest.approx(1)
 
