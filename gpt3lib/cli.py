@@ -152,11 +152,20 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure a model on a text: loss, perplexity, bits per byte."""
+    """Measure a model: its loss on texts, how many questions it answers right."""
 
     model: option(str, "MODEL", "a run, a folder, a name such as gpt3-1m", FIRST)
     data: option(tuple[str, ...], "PATH …", "texts, or what `gpt3 tokenize` made") = ()
     n_tokens: option(int, "N", "of each, at most; 1M") = 1_000_000
+    task: option(tuple[str, ...], "NAME …", "tasks such as 2D+, or .jsonl") = ()
+    shots: option(tuple[int, ...], "K …", "examples before each question; 0") = ()
+    n: option(int, "N", "questions; else 100 of a task, all of a file") = None
+    seed: option(int, "N", "the same one, the same examples; 0") = None
+    beams: option(int, "N", "write with so many beams, as the paper with 4") = None
+    by: option(
+        Literal["token", "answer", "sum"], "HOW", "choices: per token, answer or sum"
+    ) = "token"
+    out: option(str | None, "FOLDER", "for the answers; else evals/MODEL") = None
     device: option(str | None, "NAME", "cpu, cuda or mps; else what is best") = None
 
 
@@ -380,13 +389,28 @@ def run_eval(config: EvalConfig) -> None:
     from gpt3lib.using import find_model, tell
 
     held = sorted(map(str, Path(config.model).glob("data/held_out")))
-    if not config.data and not held:
+    if not config.task and (config.shots or config.beams or config.out):
+        raise CommandError("--shots, --beams and --out are for --task; give that too")
+    if not (config.data or config.task or held):
         raise CommandError("on which text? Give --data: texts, or folders of tokens")
     if config.n_tokens < 1:
         raise CommandError(f"--n_tokens is {config.n_tokens}; it must be 1 or more")
     model, tokenizer = find_model(config.model, config.device)
-    for path in config.data or held:
+    for path in config.data or held * (not config.task):
         tell(model, tokenizer, path, config.n_tokens)
+    if config.task:
+        ask_questions(config, model, tokenizer)
+
+
+def ask_questions(config: EvalConfig, model, tokenizer) -> None:
+    """What `gpt3 eval --task` does."""
+    from gpt3lib.evaluation import examine_all
+
+    out = config.out or f"evals/{Path(config.model).name}"
+    ways = {"n": config.n, "seed": config.seed or 0, "out": out}
+    ways |= {"beams": config.beams, "by": config.by}
+    examine_all(model, tokenizer, config.task, config.shots or (0,), **ways)
+    print(f"{out}: each answer; the same command goes on where it was stopped")
 
 
 def run_convert(config: ConvertConfig) -> None:
@@ -406,6 +430,7 @@ HELP = """gpt3: train, ask and measure GPT-3s of every size.
   gpt3 train --text mine.txt                  a model of your own text, in minutes
   gpt3 generate runs/mine "It was"            it goes on; without a prompt, it asks
   gpt3 eval runs/mine --data other.txt        loss, perplexity, bits per byte
+  gpt3 eval gpt3-10m --task 2D+ --shots 0 8   sums; or a .jsonl of your questions
 
   gpt3 tokenize books/ --out tokens           texts become shards of token ids
   gpt3 train gpt3-1m --data tokens            one of our sizes, by the paper's recipe

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -271,6 +272,8 @@ def test_free_fields_are_fields():
         ("train gpt3-175b --device cpu --go_ahead", "nothing to learn from"),
         ("generate nowhere/at/all hello", "no such folder"),
         ("eval nowhere", "on which text?"),
+        ("eval nowhere --shots 3", "are for --task"),
+        ("eval nowhere --task 2D+ --by luck", "invalid choice 'luck'"),
         ("tokenize nowhere.txt --out t", "nowhere.txt"),
         ("tokenize mine.txt --out t --tokenizer nowhere", "nowhere"),
         ("tokenize mine.txt --out t --vocab_size 300", "--vocab_size is for --tokenizer learn"),
@@ -563,3 +566,30 @@ def test_configs_are_frozen():
     for kind in CONFIGS:
         assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen and kind.__doc__
     assert asdict(TrainConfig())["size"] is None
+
+
+# --- questions ---
+
+
+def test_questions_become_a_table_and_files(trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    lines = [{"context": f"the {w}", "completion": " dog", "choices": [" dog", " cat"]} for w in ("old", "red", "wet")]
+    Path("mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = "eval runs/mine --task mine.jsonl last --shots 0 1 --n 3 --seed 2 --by sum"
+    code, _, error = gpt3(line, capfd)
+    assert code == 2 and "do not fit into 32 tokens" in error  # before any question is asked
+    line = line.replace(" last", "")
+    code, out, _ = gpt3(line, capfd)
+    assert code == 0 and [row.split()[:3] for row in out.splitlines()[:2]] == [["mine", k, "shots"] for k in "01"]
+    assert "evals/mine: each answer" in out
+    told = json.loads(Path("evals/mine/mine-1-shots.json").read_text())
+    assert (told["n"], told["shots"], told["by"], told["seed"]) == (3, 1, "sum", 2)
+    before = Path("evals/mine/mine-1-shots.jsonl").read_bytes()
+    assert gpt3(line, capfd)[1] == out and Path("evals/mine/mine-1-shots.jsonl").read_bytes() == before
+    code, _, error = gpt3(line + " --beams 2", capfd)
+    assert code == 2 and "begun with beams None" in error
+    Path("mine.jsonl").write_text('{"context": "a"}\n')
+    code, _, error = gpt3(line, capfd)
+    assert code == 2 and "mine.jsonl, line 1 must be" in error
+    code, out, _ = gpt3("eval runs/mine --data mine.txt --task last --n 2 --out e", capfd)
+    assert code == 0 and "mine.txt: loss" in out and "last" in out and Path("e/last-0-shots.json").exists()

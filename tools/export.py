@@ -41,6 +41,7 @@ CHAPTERS = {
     "14_recipe": "recipe",
     "15_long_runs": "runs",
     "21_prompting": "prompting",
+    "22_evaluation": "evaluation",
     "24_real_weights": "weights",
     "h_using_models": "using",
     "i_own_text": "own_text",
