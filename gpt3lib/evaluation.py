@@ -103,7 +103,9 @@ def likelihoods(model, pairs: Iterable[tuple], batch: int = 16) -> list[Likeliho
 NORMS = ("token", "answer", "sum")
 
 
-def scores(model, tokenizer, asked: list[tuple[str, str]], by: str) -> list[float]:
+def choice_scores(
+    model, tokenizer, asked: list[tuple[str, str]], by: str
+) -> list[float]:
     """For each (context, choice) a log-probability that can be compared.
 
     by: "token", the mean of its tokens; "answer", minus that behind a bare "Answer: ";
@@ -282,7 +284,7 @@ def answers_of(
     free = [p.prompt() for p in problems if not p.choices]
     asked = [(p.prompt(), choice) for p in problems for choice in p.choices]
     words = iter(write_answers(model, tokenizer, free, n_new, beams))
-    rated, said = iter(scores(model, tokenizer, asked, by)), []
+    rated, said = iter(choice_scores(model, tokenizer, asked, by)), []
     for p in problems:
         own = [next(rated) for _ in p.choices]
         best = p.choices[best_of(own, Dice("tie", p.context))] if own else next(words)

@@ -19,6 +19,7 @@ from gpt3lib.evaluation import (
     as_pair,
     best_of,
     bootstrap,
+    choice_scores,
     examine,
     examine_all,
     find_problems,
@@ -26,7 +27,6 @@ from gpt3lib.evaluation import (
     harness,
     likelihoods,
     read_problems,
-    scores,
     task_problems,
     with_shots,
     write_answers,
@@ -139,7 +139,7 @@ def test_three_ways_to_compare():
         "answer": [total - other for total, other in zip(totals, alone)],
     }
     for by, wanted in expected.items():
-        assert scores(MODEL, TOKENIZER, asked, by) == pytest.approx(wanted, abs=1e-4)
+        assert choice_scores(MODEL, TOKENIZER, asked, by) == pytest.approx(wanted, abs=1e-4)
 
 
 def test_equal_scores_are_decided_by_dice_and_by_nothing_else():
@@ -153,7 +153,7 @@ def test_a_choice_is_what_the_scores_say():
     choices = (" sleeps", " fox", " lazy dog")
     problems = [Question(text, (" fox",), choices) for text in ("The", "The dog", "and the quick")]
     for by in ("token", "answer", "sum"):
-        found = [scores(MODEL, TOKENIZER, [(p.context, c) for c in choices], by) for p in problems]
+        found = [choice_scores(MODEL, TOKENIZER, [(p.context, c) for c in choices], by) for p in problems]
         said = evaluation.answers_of(MODEL, TOKENIZER, problems, 1, by=by)
         assert said == [choices[row.index(max(row))].strip() for row in found]
 
