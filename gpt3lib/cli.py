@@ -72,7 +72,7 @@ def short(box: str) -> str:
 
 def at_home(config):
     """The config with each ~ as one's home: in --out=~/x no shell reads it so."""
-    names, home = "text data files out config model".split(), os.path.expanduser
+    names, home = "text data task files out config model".split(), os.path.expanduser
     told = {k: v for k, v in vars(config).items() if k in names and v}
     for name, value in told.items():
         told[name] = home(value) if type(value) is str else tuple(map(home, value))
@@ -99,9 +99,7 @@ def ask(kind: type, arguments: list[str], default=None):
 class TrainConfig:
     """Train a model, or go on where an earlier call of the same command was cut off."""
 
-    size: option(str | None, "SIZE", "gpt3-100k … gpt3-175b; put it first", FIRST) = (
-        None
-    )
+    size: option(str | None, "SIZE", "gpt3-100k … gpt3-175b; goes first", FIRST) = None
     text: option(tuple[str, ...], "FILE …", "your own texts; the rest is chosen") = ()
     data: option(tuple[str, ...], "FOLDER …", "what `gpt3 tokenize` made; a mix") = ()
     weights: option(tuple[float, ...], "W …", "shares of the data; else by length") = ()
@@ -439,7 +437,8 @@ HELP = """gpt3: train, ask and measure GPT-3s of every size.
 
 Kill a run whenever you like: the same command goes on where it was. Each command
 has --help. Options of a run can stand in a YAML file, --config run.yaml; all that
-were used are written next to the run.
+were used are written next to the run. Perplexity 9 means: as unsure as among 9
+tokens that are equally likely.
 """
 
 

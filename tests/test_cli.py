@@ -200,6 +200,7 @@ def test_home_is_home_wherever_it_stands(tmp_path, monkeypatch):
     assert (config.out, config.text, config.prompt) == (f"{home}/x", (f"{home}/a", "b"), "~/p")
     assert parse_train(["--data", "~/d", "--out=~/y"]).data == (f"{home}/d",)
     assert ask(TokenizeConfig, ["~/a", "--out=~/t"]).out == f"{home}/t"
+    assert ask(EvalConfig, ["m", "--task", "2D+", "~/q.jsonl"]).task == ("2D+", f"{home}/q.jsonl")
     assert ask(ConvertConfig, ["~/m", "~/o", "--to", "gpt2"]) == ConvertConfig(f"{home}/m", f"{home}/o", "gpt2")
 
 
@@ -317,6 +318,7 @@ def test_help_begins_with_examples_and_names_every_command(capfd):
         assert code == 0 and all(f"  gpt3 {name} " in out for name in COMMANDS)
     examples = [line.split("  ")[1].strip() for line in out.splitlines() if line.startswith("  gpt3 ")]
     assert len(examples) >= 7
+    assert "Perplexity 9 means" in out  # a word that nobody knows
     for example in examples:  # each can be read
         name, *options = shlex.split(example)[1:]
         COMMANDS[name][0](options)
