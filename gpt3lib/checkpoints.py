@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from gpt3lib.files import Refusal, Stored, WeightsError, scan, sha256
+from gpt3lib.files import Refusal, Stored, WeightsError, parse, scan, sha256
 
 
 class RunError(Refusal, RuntimeError):
@@ -60,7 +60,9 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder, self.number = folder, int(folder.name.split("-")[1])
         try:
-            told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            told = parse((folder / "state.json").read_text(encoding="utf-8"))
+            for name in [n for n in ("state", "files", "sha256") if n not in told]:
+                raise ValueError(f"state.json has no {name!r}")
             self.state, files = told["state"], told["files"]
             if told["sha256"] != sha256(json.dumps([self.state, files]).encode()):
                 raise ValueError("its hash is another")

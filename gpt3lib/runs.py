@@ -27,19 +27,39 @@ from gpt3lib.training import device_of, loss_of
 def check_options(options: "Options") -> None:
     """Raise RunError, saying what would be right, for options that make no sense."""
     for name in ("save_every", "micro_batch", "sync_every", "sample_every"):
-        least = int(name != "sample_every")
-        RunError.unless_whole(name, getattr(options, name), least)
+        RunError.unless_whole(name, getattr(options, name), int(name != "sample_every"))
     words = f"on_spike is {options.on_spike!r}; it must be 'stop', 'skip' or 'rollback'"
     RunError.unless(options.on_spike in ("stop", "skip", "rollback"), words)
     words = f"spike is {options.spike!r}; it must be nats above 0, math.inf for never"
     RunError.unless(as_float(options.spike) > 0, words)
+    words = f"prompt is {options.prompt!r}; it must be text"
+    RunError.unless(isinstance(options.prompt, str), words)
+
+
+def check_call(model, optimizer, on_step, options: dict) -> None:
+    """Raise RunError, saying what would be right, unless a run can begin with these."""
+    words = f"on_step is {on_step!r}; it must be a function, or None"
+    RunError.unless(on_step is None or callable(on_step), words)
+    known = Options.__dataclass_fields__
+    odd = ", ".join(name for name in options if name not in known)
+    RunError.unless(not odd, f"{odd} is no option; these are: {', '.join(known)}")
+    ours = isinstance(getattr(model, "config", None), GPTConfig)
+    RunError.unless(ours, f"model is a {type(model).__name__}; it must be a GPT")
+    own = {*model.parameters()}
+    words = "the model is on meta, where it has no numbers; make it on a device"
+    RunError.unless(not any(p.is_meta for p in own), words)
+    learn = {p for p in own if p.requires_grad}
+    RunError.unless(learn, "all parameters are frozen; one at least must require_grad")
+    held = {p for g in getattr(optimizer, "param_groups", ()) for p in g["params"]}
+    what = "none of" if held.isdisjoint(own) else "not exactly"
+    words = f"the optimizer holds {what} this model's parameters; make it with "
+    RunError.unless(learn <= held <= own, words + "recipe.optimizer(model)")
 
 
 def run_tensors(model: nn.Module, optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """All tensors of a run: "model" -> name, "optimizer" -> exp_avg/name and others."""
     weights = {unwrapped(name): t for name, t in model.state_dict().items()}
-    names = {p: unwrapped(name) for name, p in model.named_parameters()}
-    memory = {}
+    names, memory = {p: unwrapped(name) for name, p in model.named_parameters()}, {}
     for p, kept in optimizer.state.items():
         memory |= {f"{key}/{names[p]}": tensor for key, tensor in kept.items()}
     return {"model": weights, "optimizer": memory}
@@ -85,8 +105,7 @@ WATCHED = 32  # the losses that a spike is compared with
 
 def is_spike(loss: float, norm: float, before: list[float], spike: float) -> bool:
     """Whether a step is not finite, or its loss `spike` nats above the mean before."""
-    enough = len(before) == WATCHED
-    high = enough and loss > statistics.fmean(before) + spike
+    high = len(before) == WATCHED and loss > statistics.fmean(before) + spike
     return high or not math.isfinite(loss + norm)
 
 
@@ -153,10 +172,11 @@ class Options:
         check_options(self)
 
 
-def description(model, loader, recipe) -> dict:
-    """What must be the same when a run goes on: model, recipe and data."""
+def description(model, optimizer, loader, recipe) -> dict:
+    """What must be the same when a run goes on: model, recipe, data and optimizer."""
     facts = {"model": asdict(model.config), "recipe": asdict(recipe)}
-    return json.loads(json.dumps(facts | {"data": loader.identity()}))
+    facts |= {"data": loader.identity(), "optimizer": type(optimizer).__name__}
+    return json.loads(json.dumps(facts))
 
 
 def restore(store: Store, model, optimizer, about: dict) -> State | None:
@@ -167,6 +187,7 @@ def restore(store: Store, model, optimizer, about: dict) -> State | None:
     found = store.latest()
     if found is None:
         return None
+    found.state["about"].setdefault("optimizer", "AdamW")  # older ones do not say
     found.check(about)
     store.set_aside(after=found.number)
     return put_back(found, model, optimizer)
@@ -179,8 +200,7 @@ def run(model, optimizer, loader, store, recipe, on_step=None, **options) -> Sta
     extra.jsonl. options: see Options. Ctrl-C, a closed terminal and a polite kill
     finish the step, save and come back: then `finished` is not set. Raises RunError.
     """
-    if on_step is not None and not callable(on_step):
-        raise RunError(f"on_step is {on_step!r}; it must be a function, or None")
+    check_call(model, optimizer, on_step, options)
     options, folder, stop = Options(**options), store.folder, None
     with store.locked(), Stopping() as stopping, Journal(folder) as journal:
         job = Run(model, optimizer, loader, store, recipe, journal, options)
@@ -209,8 +229,7 @@ def run(model, optimizer, loader, store, recipe, on_step=None, **options) -> Sta
 def flops_per_token(config: GPTConfig) -> int:
     """Floating-point operations to learn from one token, forward and backward.
 
-    Six for each number of a matrix, and attention to the keys that the masks let
-    through.
+    Six for each number of a matrix, and attention to the keys that masks let through.
     """
     matrices = 12 * config.n_layers * config.d_model**2
     matrices += config.vocab_size * config.d_model  # the way out
@@ -320,13 +339,13 @@ class Bar:
 
         off = None if progress is None else not progress  # None: if nobody looks
         look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+        look["bar_format"] = "{l_bar}{bar}| {remaining} left, {rate_fmt}{postfix}"
         self.bar = tqdm(total=total, initial=done, disable=off, **look)
 
     def tell(self, row: dict) -> None:
         """Show a row of the log."""
-        bits, mfu = row["bits_per_byte"], row["mfu"]
-        text = f"loss {row['loss']:.3f}, {bits:.3f} bits per byte, MFU {mfu:.0%}"
-        self.bar.set_postfix_str(text, refresh=False)
+        text = "loss {loss:.2f}, {bits_per_byte:.3f} bits/byte, MFU {mfu:.0%}"
+        self.bar.set_postfix_str(text.format_map(row), refresh=False)
         self.bar.update(row["tokens"] - self.bar.n)
 
 
@@ -364,7 +383,7 @@ class Run:
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.store, self.recipe, self.journal = store, recipe, journal
         self.options, self.device = options, device_of(model)
-        self.about = description(model, loader, recipe)
+        self.about = description(model, optimizer, loader, recipe)
         self.tokenizer = tokenizer_of(loader) if options.sample_every else None
         loss = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
         ways = {"clip": recipe.clip, "bf16": options.bf16, "loss_of": loss}
@@ -411,7 +430,11 @@ class Run:
         step, every = self.state.step, self.options.sample_every
         found = on_step(step, self.model) if on_step is not None else None
         if found is not None:
-            self.journal.write("extra.jsonl", json.dumps({"step": step} | found))
+            try:
+                self.journal.write("extra.jsonl", json.dumps({"step": step} | found))
+            except (TypeError, ValueError) as error:
+                right = "a dict of plain numbers and texts, or None"
+                raise RunError(f"on_step gave {found!r:.60}; give {right}") from error
         if every and step % every == 0:
             text = speak(self.model, self.tokenizer, self.options.prompt)
             self.journal.write("samples.txt", f"--- after step {step}\n{text}\n")
@@ -471,8 +494,7 @@ def load(folder: str | Path, device="cpu") -> GPT:
     found = Store(folder).latest()
     RunError.unless(found, f"{folder} holds no checkpoint; give the folder of a run")
     config = found.state["about"]["model"]
-    config["attention"] = tuple(config["attention"])
     with torch.device("meta"):
-        model = GPT(GPTConfig(**config))
+        model = GPT(GPTConfig(**config | {"attention": tuple(config["attention"])}))
     model.load_state_dict(dict(found.tensors("model")), assign=True)
     return model.eval().to(device)

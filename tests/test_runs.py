@@ -193,7 +193,9 @@ def test_when_all_are_damaged_nothing_is_begun_anew(tmp_path):
     for path in tmp_path.glob("step-*/state.json"):
         path.write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(RunError, match="no checkpoint is whole.*step-0000000006 is damaged.*another folder"):
+    with pytest.raises(
+        RunError, match="no checkpoint is whole.*step-0000000006 is damaged .state.json has no 'state'.*another folder"
+    ):
         go(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -337,12 +339,81 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path, whole, 
         ({"spike": "big"}, "spike is 'big'"),
         ({"on_step": 3}, "on_step is 3; it must be a function"),
         ({"sample_every": 2}, "no samples without a tokenizer"),
+        ({"prompt": 5}, "prompt is 5; it must be text"),
+        ({"spike": True}, "spike is True; it must be nats above 0"),
+        ({"save_evry": 5}, "save_evry is no option; these are: on_spike, spike, save_every"),
     ],
 )
 def test_what_run_refuses(tmp_path, options, message):
     with pytest.raises(RunError, match=message):
         go(tmp_path / "new", **options)
     assert not list(tmp_path.glob("new/step-*"))
+
+
+def frozen(model, *names):
+    """The model, in which these parameters, or all, do not learn."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(bool(names) and name not in names)
+    return model
+
+
+def on_meta():
+    with torch.device("meta"):
+        return GPT(CONFIG)
+
+
+ONLY = "make it with recipe.optimizer"
+WHOLE = {
+    "of another model": (parts()[0], parts()[1], f"the optimizer holds none of this model's parameters; {ONLY}"),
+    "no optimizer": (parts()[0], 5, f"the optimizer holds none of this model's parameters; {ONLY}"),
+    "on meta": (on_meta(), None, "the model is on meta, where it has no numbers; make it on a device"),
+    "frozen": (frozen(GPT(CONFIG)), None, "all parameters are frozen; one at least"),
+    "a layer": (torch.nn.Linear(3, 3), None, "model is a Linear; it must be a GPT"),
+}
+
+
+@pytest.mark.parametrize("model, optimizer, message", WHOLE.values(), ids=WHOLE)
+def test_a_model_that_would_not_learn_is_refused_before_any_work(tmp_path, model, optimizer, message):
+    _, _, loader, recipe = parts()
+    optimizer = optimizer or recipe.optimizer(model)
+    with pytest.raises(RunError, match=message):
+        run(model, optimizer, loader, Store(tmp_path / "new"), recipe)
+    assert not (tmp_path / "new").exists()
+
+
+def test_all_that_learns_must_be_the_optimizer_s_and_nothing_else(tmp_path):
+    model, _, loader, recipe = parts(6)
+    some = dict(model.named_parameters())
+    last = some.pop("ln_f.weight")
+    quiet = {"tensorboard": False, "progress": False}
+    for held in ([*some.values()], [*some.values(), last, torch.nn.Parameter(torch.ones(2))]):
+        with pytest.raises(RunError, match=f"holds not exactly this model's parameters; {ONLY}"):
+            run(model, torch.optim.AdamW(held), loader, Store(tmp_path), recipe, **quiet)
+    before = last.detach().clone()
+    frozen(model, "ln_f.weight")
+    run(model, torch.optim.AdamW([*some.values()]), loader, Store(tmp_path / "a"), recipe, **quiet)
+    model = frozen(GPT(CONFIG), "ln_f.weight")
+    run(model, recipe.optimizer(model), loader, Store(tmp_path / "b"), recipe, **quiet)
+    assert torch.equal(model.ln_f.weight, before) and model.ln_f.bias.any()
+
+
+def test_another_optimizer_is_refused_and_an_old_checkpoint_s_is_adamw(tmp_path):
+    break_off(tmp_path, 8)
+    model, _, loader, recipe = parts()
+    with pytest.raises(RunError, match="optimizer is 'SGD', but the run in .* began with 'AdamW'"):
+        run(model, torch.optim.SGD(model.parameters(), 0.1), loader, Store(tmp_path), recipe)
+    about = runs.description(*parts())
+    del about["optimizer"]
+    tensors = runs.run_tensors(*parts()[:2])
+    Store(tmp_path / "old").save(0, tensors, {"state": {}, "about": about})
+    assert go(tmp_path / "old")[0].finished
+
+
+@pytest.mark.parametrize("found", [[1], torch.ones(2), {"a": torch.ones(2)}, "loss", {1, 2}, 0.5])
+def test_what_on_step_may_not_give(tmp_path, found):
+    with pytest.raises(RunError, match="on_step gave .*; give a dict of plain numbers and texts, or None"):
+        go(tmp_path, 6, on_step=lambda number, model: found)
+    assert [path.name for path in Store(tmp_path).checkpoints()] == ["step-0000000000"]
 
 
 def test_a_loader_that_does_not_fit_the_model_is_refused_before_anything_is_saved(tmp_path):
@@ -507,7 +578,18 @@ def test_tensorboard_that_is_not_there(tmp_path, monkeypatch):
 def test_a_bar_shows_how_far(tmp_path, capsys):
     state, _ = go(tmp_path, 6, progress=True)
     shown = capsys.readouterr().err.split("\r")[-1]
-    assert "100%" in shown and "loss 3." in shown and "bits per byte" in shown and "MFU" in shown
+    assert "100%" in shown and "loss 3." in shown and "bits/byte" in shown and "MFU" in shown
+
+
+def test_the_bar_of_a_long_run_fits_a_terminal():
+    bar = runs.Bar(300 * 10**9, 10**9, True)
+    bar.tell({"tokens": 170 * 10**9, "loss": 10.1234, "bits_per_byte": 3.1234, "mfu": 0.123})
+    for elapsed in (1000, 100_000):  # hours, and days that are left
+        look = bar.bar.format_dict | {"ncols": 80, "elapsed": elapsed, "rate": 123_456.0}
+        line = bar.bar.format_meter(**look)
+        bar.bar.close()
+        assert line.endswith(" left, 123ktok/s, loss 10.12, 3.123 bits/byte, MFU 12%")
+        assert len(line) <= 80 and len(line.split("|")[1]) >= 8
 
 
 def test_a_log_that_lost_lines_is_said_to(tmp_path, capsys):
