@@ -217,7 +217,7 @@ def no_twins(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-def texts_of(value) -> tuple[str, ...]:
+def right_texts(value) -> tuple[str, ...]:
     """One text or a list of them; nothing when one is blank or no text."""
     texts = value if isinstance(value, list) else [value]
     fine = all(isinstance(text, str) and text.strip() for text in texts)
@@ -233,7 +233,10 @@ def as_problem(line: bytes, where: str) -> tuple[Question, object]:
     fine = isinstance(raw, dict) and {"context", "completion"} <= raw.keys()
     fine = fine and isinstance(raw["context"], str)
     check(fine, f'{where} must be {{"context": "a text", "completion": "a text"}}')
-    answers, choices = texts_of(raw["completion"]), texts_of(raw.get("choices") or [])
+    answers, choices = (
+        right_texts(raw["completion"]),
+        right_texts(raw.get("choices") or []),
+    )
     check(answers, f"{where}: the completion is empty, or no text; nothing to score")
     if raw.get("choices") is not None:
         fine = len(set(choices)) == len(choices) > 1
