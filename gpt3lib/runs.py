@@ -36,7 +36,7 @@ def check_options(options: "Options") -> None:
     RunError.unless(isinstance(options.prompt, str), words)
 
 
-def check_call(model, optimizer, on_step, options: dict) -> None:
+def check_start(model, optimizer, on_step, options: dict) -> None:
     """Raise RunError, saying what would be right, unless a run can begin with these."""
     words = f"on_step is {on_step!r}; it must be a function, or None"
     RunError.unless(on_step is None or callable(on_step), words)
@@ -200,7 +200,7 @@ def run(model, optimizer, loader, store, recipe, on_step=None, **options) -> Sta
     extra.jsonl. options: see Options. Ctrl-C, a closed terminal and a polite kill
     finish the step, save and come back: then `finished` is not set. Raises RunError.
     """
-    check_call(model, optimizer, on_step, options)
+    check_start(model, optimizer, on_step, options)
     options, folder, stop = Options(**options), store.folder, None
     with store.locked(), Stopping() as stopping, Journal(folder) as journal:
         job = Run(model, optimizer, loader, store, recipe, journal, options)
