@@ -649,8 +649,10 @@ def test_a_peak_is_measured():
     assert 1e8 < deadly.measured_peak(torch.device("cpu"), seconds=0.01) < 1e14
 
 
-def test_signals_are_given_back():
+def test_signals_are_given_back(request):
     before = signal.getsignal(signal.SIGTERM)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, old))
     with Stopping() as stopping:
         signal.raise_signal(signal.SIGTERM)
         assert stopping.asked == "SIGTERM"
