@@ -298,6 +298,8 @@ PARTS = {  # part of the map -> its chapter, the role of its colour, its words
     "training": ("13_training", "label", "Training"),
     "recipe": ("14_recipe", "label", "The recipe"),
     "runs": ("15_long_runs", "label", "Long runs"),
+    "prompting": ("21_prompting", "input", "Prompting"),
+    "evaluation": ("22_evaluation", "output", "Evaluation"),
     "weights": ("24_real_weights", "weight", "Real weights"),
 }
 
@@ -409,7 +411,7 @@ def draw_use(sheet: Map) -> None:
 
 
 def draw_learning(sheet: Map) -> None:
-    """Text is cleaned and dealt out; the loss, and its way back to the weights."""
+    """Text is cleaned and dealt out; the loss and its way back; prompts, and marks."""
     with sheet.part("data"):
         sheet.box(370, 4, 58, "data")
         sheet.way((370, 17), (356, 17))
@@ -429,6 +431,12 @@ def draw_learning(sheet: Map) -> None:
     with sheet.part("runs"):
         sheet.box(356, 278, 76, "long runs")
         sheet.way((393, 278), (393, 257))
+    with sheet.part("prompting"):
+        sheet.box(312, 35, 76, "prompts", h=22)
+        sheet.way((312, 46), (250, 46), (250, 28))
+    with sheet.part("evaluation"):
+        sheet.way((172, 240), (172, 221), (206, 221))
+        sheet.box(206, 210, 92, "evaluation", h=22)
     with sheet.part("weights"):
         sheet.box(358, 150, 70, "weights")
         sheet.way((358, 163), (346, 163))
