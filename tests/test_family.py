@@ -96,3 +96,18 @@ def test_keep_makes_an_entry_of_the_manifest(tmp_path):
     assert all(found[file] == sha256(tmp_path / "gpt3-0k" / file) for file in family.KEPT)
     kept = GPT.from_pretrained(tmp_path / "gpt3-0k", dtype=None)
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), model.parameters()))
+
+
+def test_the_family_was_trained_as_the_chapter_training_says():
+    """Two fifths text; batches from 8 to 16 windows; where warm-up, ramp and cosine ended; the minutes."""
+    jobs = json.loads((DATA / "experiments" / "gpu_family.json").read_text())["jobs"]
+    for label, job in jobs.items():
+        recipe, parts = job["recipe"], job["data"]["parts"]
+        assert label.endswith("@1.5") and job["config"]["n_ctx"] == 1024
+        assert (recipe["first_batch_tokens"], recipe["batch_tokens"]) == (8 * 1024, 16 * 1024)
+        ends = [recipe[f"{name}_tokens"] / 1e6 for name in ("warmup", "ramp", "decay")]
+        assert ends == pytest.approx([1.8, 9, 78], rel=0.01)
+        assert parts["tasks"] / sum(parts.values()) == pytest.approx(0.6, abs=1e-5)
+        assert 2 < job["train_s"] / 60 < 5 and job["tokens"] / 1e6 == pytest.approx(
+            82 if "10m" in label else 90, abs=0.1
+        )

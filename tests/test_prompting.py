@@ -123,6 +123,19 @@ def test_one_look_says_what_writing_does(seed, n, spoil):
     assert spoil or all(slow)
 
 
+def test_no_batch_is_larger_than_asked_for(monkeypatch):
+    sizes, look = [], prompting.look
+
+    def counted(model, rows):
+        sizes.append(len(rows) * max(map(n_tracks, rows)))
+        return look(model, rows)
+
+    monkeypatch.setattr(prompting, "look", counted)
+    rows = [Problem([1] * n, [2]) for n in (1, 9, 2, 8, 3, 7, 4, 6, 5)]
+    prompting.are_right(lively(), rows, 20)
+    assert len(sizes) > 1 and max(sizes) <= 20
+
+
 def test_one_look_says_what_a_trained_model_writes():
     model, tokenizer = GPT.from_pretrained(DATA / "models" / "gpt3-1m"), TOKENIZER
     rows = few_shot_prompts(tokenizer, "jsx", 2, 12)

@@ -2,7 +2,7 @@
 
 python tools/measure_shots.py                writes data/experiments/shots.json; about two hours on one free core
 python tools/measure_shots.py --minutes 40   stops after that; another call goes on, and makes the points finer
-python tools/measure_shots.py --models gpt3-1m --tasks jsx --to /tmp/again.json    one curve, once more
+python tools/measure_shots.py --models gpt3-1m --tasks jsx --to again.json    one curve, once more
 
 Each point is a number of problems, 100 at first and more in later rounds. Problem i of a point is a function of the
 seed, the task, the number of examples and i, so a point of 300 is the point of 200 and 100 problems more. What is in
