@@ -1,98 +1,28 @@
 """Train, ask, measure and convert models from a terminal: the command `gpt3`."""
 
 # Made from book/f_command_line.ipynb by tools/export.py; edit the chapter.
-import math
 import os
 import re
 import sys
-from contextlib import redirect_stderr, suppress
-from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from io import StringIO
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-import yaml
-from tyro.constructors import PrimitiveConstructorSpec
+from gpt3lib.options import (
+    FIRST,
+    CommandError,
+    as_arguments,
+    ask,
+    option,
+    read_yaml,
+    write_yaml,
+)
 
-
-class CommandError(ValueError):
-    """A command that cannot be done; the message says what would be right."""
-
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def amount(text: str) -> int:
-    """A whole number as people write it: 20000000, 20_000_000, 2e7 or 20M."""
-    digits = r"((?:\d+(?:_\d+)*)?\.?\d+(?:e\d\d?)?)([kmb]?)"
-    found = re.fullmatch(digits, text.strip().lower(), re.ASCII)
-    number = Fraction(found[1]) * UNITS[found[2]] if found else Fraction(1, 2)
-    if number.denominator > 1 or number >= 2**63:
-        right = "write 20000000, 2e7 or 20M"
-        raise ValueError(f"{text!r} is no whole number that fits; {right}")
-    return int(number)
-
-
-def option(kind, metavar: str, words: str, *marks):
-    """The type of a field, with what --help says of it; kind int reads 20M too."""
-    about = tyro.conf.arg(metavar=metavar, help=words, help_behavior_hint="")
-    if kind is int:
-        spec = PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=metavar,
-            instance_from_str=lambda texts: amount(texts[0]),
-            is_instance=lambda value: isinstance(value, int),
-            str_from_instance=lambda value: [str(value)],
-        )
-        return Annotated[int | None, spec, about, *marks]
-    return Annotated[kind, about, *marks]
-
-
-FIRST = tyro.conf.Positional  # it stands without a --name
 SPIKE = Literal["stop", "skip", "rollback"]
 KIND = Literal["gpt2", "gpt_neo", "gpt3lib"]
 NUMBERS = Literal["float32", "float16", "bfloat16"]
-
-
-def short(box: str) -> str:
-    """What tyro says in a box, as one line."""
-    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
-    while lines and not lines[0].strip("─╭╮╰╯-+"):  # a rule, or nothing
-        lines = lines[1:]
-    ends = [i for i, line in enumerate(lines) if not line.strip("─╭╮╰╯-+")]
-    said = " ".join(lines[: min(ends, default=None)])
-    with suppress(ValueError):
-        guess = lines[lines.index("Perhaps you meant:") + 1]
-        said += f"; perhaps you meant {guess.split()[0]}"
-    return said
-
-
-def at_home(config):
-    """The config with each ~ as one's home: in --out=~/x no shell reads it so."""
-    names, home = "text data task files out config model".split(), os.path.expanduser
-    told = {k: v for k, v in vars(config).items() if k in names and v}
-    for name, value in told.items():
-        told[name] = home(value) if type(value) is str else tuple(map(home, value))
-    return replace(config, **told)
-
-
-def ask(kind: type, arguments: list[str], default=None):
-    """A command's config out of its arguments. Raises CommandError."""
-    name = kind.__name__.removesuffix("Config").lower()
-    said, marks = StringIO(), [tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone]
-    ways = {"prog": f"gpt3 {name}", "use_underscores": True, "config": marks}
-    ways |= {} if default is None else {"default": default}
-    try:
-        with redirect_stderr(said):
-            return at_home(tyro.cli(kind, args=arguments, **ways))
-    except SystemExit as end:
-        if not end.code:
-            raise  # --help has been printed
-        words = f"{short(said.getvalue())}; `gpt3 {name} --help` tells what there is"
-        raise CommandError(words) from None
 
 
 @dataclass(frozen=True)
@@ -155,7 +85,7 @@ class EvalConfig:
     model: option(str, "MODEL", "a run, a folder, a name such as gpt3-1m", FIRST)
     data: option(tuple[str, ...], "PATH …", "texts, or what `gpt3 tokenize` made") = ()
     n_tokens: option(int, "N", "of each, at most; 1M") = 1_000_000
-    task: option(tuple[str, ...], "NAME …", "tasks such as 2D+, or .jsonl") = ()
+    task: option(tuple[str, ...], "TASK …", "tasks such as 2D+, or .jsonl") = ()
     shots: option(tuple[int, ...], "K …", "examples before each question; 0") = ()
     n: option(int, "N", "questions; else 100 of a task, all of a file") = None
     seed: option(int, "N", "the same one, the same examples; 0") = None
@@ -190,43 +120,9 @@ class ConvertConfig:
     dtype: option(NUMBERS, "TYPE", "of the numbers; float32") = "float32"
 
 
-def as_arguments(settings: dict, source) -> list[str]:
-    """The fields of a YAML file as one would type them. Raises CommandError."""
-    switch = yaml.SafeLoader.bool_values  # true, yes, on, false, no, off
-    known = {f.name: f.default for f in fields(TrainConfig) if f.name != "config"}
-    arguments, names = [], ", ".join(known)
-    for name, value in settings.items():
-        if name not in known:
-            raise CommandError(f"{source}: no field {name!r}; there are {names}")
-        values = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and known[name] != ():
-            raise CommandError(f"{source}: {name} must be one value, not a list")
-        if any(isinstance(item, dict | list) for item in values):
-            raise CommandError(f"{source}: {name} must be plain, not names in names")
-        if isinstance(value, list):
-            arguments += [f"--{name}", *value] if value else []
-        elif known[name] is False:
-            if value.lower() not in switch:
-                raise CommandError(f"{source}: {name} is {value}, not true or false")
-            arguments += [f"--{name}"] * switch[value.lower()]
-        elif value not in ("", "~", "null"):
-            arguments.append(value if name == "size" else f"--{name}={value}")
-    return arguments
-
-
-def read_yaml(path: str | Path) -> dict:
-    """The fields in a YAML file, each as it was typed. Raises CommandError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        found, node = (f(text, yaml.BaseLoader) for f in (yaml.load, yaml.compose))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CommandError(f"{path} is no YAML that can be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CommandError(f"{path} must hold lines such as `n_tokens: 20M`")
-    names = [key.value for key, _ in node.value]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise CommandError(f"{path}: {min(twice)} stands there twice; keep one line")
-    return found
+def read_config(kind: type, path: str | Path):
+    """A config of this kind from a file of YAML. Raises CommandError."""
+    return ask(kind, as_arguments(kind, read_yaml(path), path))
 
 
 def parse_train(arguments: list[str]) -> TrainConfig:
@@ -234,8 +130,7 @@ def parse_train(arguments: list[str]) -> TrainConfig:
     typed = ask(TrainConfig, arguments)
     if typed.config is None:
         return typed
-    settings = as_arguments(read_yaml(typed.config), typed.config)
-    return ask(TrainConfig, arguments, ask(TrainConfig, settings))
+    return ask(TrainConfig, arguments, read_config(TrainConfig, typed.config))
 
 
 # what may be another when a run goes on
@@ -245,9 +140,9 @@ FREE = set(
 )
 
 
-def asked(config: TrainConfig) -> dict:
+def asked(config) -> dict:
     """The fields that somebody has given: those that are not their defaults."""
-    return {k: v for k, v in vars(config).items() if v != getattr(TrainConfig, k)}
+    return {k: v for k, v in vars(config).items() if v != getattr(type(config), k)}
 
 
 def check_train(config: TrainConfig) -> None:
@@ -269,7 +164,7 @@ def check_train(config: TrainConfig) -> None:
 
 def with_stored(config: TrainConfig, path: Path) -> TrainConfig:
     """The config that a run began with, and what may change. Raises CommandError."""
-    stored, given = ask(TrainConfig, as_arguments(read_yaml(path), path)), asked(config)
+    stored, given = read_config(TrainConfig, path), asked(config)
     for name in sorted(given.keys() - FREE):
         if given[name] != getattr(stored, name):
             raise CommandError(
@@ -277,17 +172,6 @@ def with_stored(config: TrainConfig, path: Path) -> TrainConfig:
                 f"{getattr(stored, name)!r}; give it that again, or another --out"
             )
     return replace(stored, **{name: given[name] for name in given.keys() & FREE})
-
-
-def write_config(config: TrainConfig, path: Path) -> None:
-    """The config as YAML, with which `gpt3 train --config` makes the run again."""
-    from gpt3lib.files import write_beside
-
-    told = {k: list(v) if type(v) is tuple else v for k, v in asdict(config).items()}
-    told |= {k: "inf" for k, v in told.items() if v == math.inf}  # as one types it
-    del told["config"]
-    text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
-    write_beside(path, text.encode())
 
 
 def run_tokenize(config: TokenizeConfig) -> None:
@@ -324,7 +208,7 @@ def run_train(config: TrainConfig) -> None:
         else:
             config = own_text.settled(config)
         parts = own_text.ready(config)  # nothing is stored before it is checked
-        write_config(config, path)
+        write_yaml(config, path)
     if again:
         print(f"{config.out}: going on from its last checkpoint")
     print("Ctrl-C stops; the same command goes on.", flush=True)
@@ -487,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("GPT3LIB_TRACEBACK"):
             raise
         words, kind = " ".join(str(error).split()), type(error)
-        if not (kind is CommandError or kind.__module__.startswith("gpt3lib.")):
+        if not kind.__module__.startswith("gpt3lib."):
             words = f"{kind.__name__}: {words} (GPT3LIB_TRACEBACK=1 tells where)"
         print(f"gpt3: {words}", file=sys.stderr)
         return 2

@@ -31,16 +31,14 @@ from gpt3lib.cli import (
     GenerateConfig,
     TokenizeConfig,
     TrainConfig,
-    amount,
-    as_arguments,
-    ask,
     asked,
     main,
     parse_train,
+    read_config,
     with_stored,
-    write_config,
 )
 from gpt3lib.loading import Tokens
+from gpt3lib.options import FIRST, ask, called, write_yaml
 from samples import text
 
 CONFIGS = [TrainConfig, GenerateConfig, EvalConfig, TokenizeConfig, ConvertConfig]
@@ -88,26 +86,6 @@ def losses(run):
 # --- options ---
 
 
-@pytest.mark.parametrize(
-    "words, number",
-    [("20000000", 2e7), ("20_000_000", 2e7), ("2e7", 2e7), ("20M", 2e7), ("1.5k", 1500), ("300B", 3e11), (".5k", 500)],
-)
-def test_amounts(words, number):
-    assert amount(words) == number and type(amount(words)) is int
-
-
-def test_large_amounts_are_exact():
-    assert amount("9007199254740993") == 2**53 + 1 and amount("9_007_199_254_740.993k") == 2**53 + 1
-
-
-@pytest.mark.parametrize(
-    "words", ["", "x", "1.5", "-3", "1e-3", "0.1k5", "2 M", "nan", "inf", "1e400", "1e30", "__1", "_1", "1__0", "²"]
-)
-def test_what_is_no_amount(words):
-    with pytest.raises(ValueError, match="no whole number"):
-        amount(words)
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_field_is_explained(kind, capsys):
     with pytest.raises(SystemExit) as end:
@@ -117,8 +95,8 @@ def test_every_field_is_explained(kind, capsys):
     for field in fields(kind):
         words = next(mark.help for mark in field.type.__metadata__ if hasattr(mark, "help"))
         assert words and words.split()[0] in shown
-        positional = cli.FIRST in field.type.__metadata__
-        assert positional or f"--{field.name}" in shown
+        positional = FIRST in field.type.__metadata__
+        assert positional or f"--{called(field)}" in shown
 
 
 def test_hyphens_and_underscores_are_the_same():
@@ -188,7 +166,7 @@ def test_what_a_file_says_is_read_as_it_stands(tmp_path):
 
 
 def test_an_infinite_clip_is_written_and_read(tmp_path):
-    write_config(TrainConfig(clip=float("inf")), tmp_path / "c.yaml")
+    write_yaml(TrainConfig(clip=float("inf")), tmp_path / "c.yaml")
     assert parse_train(["--config", str(tmp_path / "c.yaml")]).clip == float("inf")
 
 
@@ -225,8 +203,8 @@ VALUES = {
 def test_a_config_that_was_written_is_read_again(tmp_path_factory, given):
     path = tmp_path_factory.mktemp("c") / "config.yaml"
     config = TrainConfig(**given)
-    write_config(config, path)
-    assert ask(TrainConfig, as_arguments(cli.read_yaml(path), path)) == config
+    write_yaml(config, path)
+    assert read_config(TrainConfig, path) == config
     assert parse_train(["--config", str(path)]) == replace(config, config=str(path))
 
 
@@ -235,7 +213,7 @@ def test_a_config_that_was_written_is_read_again(tmp_path_factory, given):
 
 def test_what_makes_another_model_may_not_change(tmp_path):
     path = tmp_path / "config.yaml"
-    write_config(TrainConfig("gpt3-1m", n_tokens=100, seed=2, save_every=7), path)
+    write_yaml(TrainConfig("gpt3-1m", n_tokens=100, seed=2, save_every=7), path)
     assert with_stored(TrainConfig(), path).n_tokens == 100
     changed = with_stored(TrainConfig("gpt3-1m", n_tokens=100, save_every=9, on_spike="skip"), path)
     assert (changed.save_every, changed.on_spike, changed.seed) == (9, "skip", 2)

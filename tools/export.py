@@ -25,6 +25,7 @@ CHAPTERS = {
     "c_texts": "texts",
     "d_files": "files",
     "e_tasks": "tasks",
+    "k_options": "options",
     "g_checkpoints": "checkpoints",
     "02_tokenization": "tokenization",
     "03_embeddings": "embeddings",
