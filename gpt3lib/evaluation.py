@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from gpt3lib.cache import Reader, stream
-from gpt3lib.decoding import beam_search, generate_many, whole_characters
+from gpt3lib.decoding import beam_search, generate_many, until, whole_characters
 from gpt3lib.files import Refusal, write_beside
 from gpt3lib.prompting import wilson
 from gpt3lib.tasks import TASKS, Dice, find, problem, render
@@ -165,8 +165,8 @@ def bootstrap(right: list[bool], seed: int = 0, n_draws: int = 1000) -> list[flo
 def write_answers(model, tokenizer, prompts: list[str], n_new, beams=None) -> list[str]:
     """What a model writes behind each prompt, to the line's end, n_new tokens at most.
 
-    Greedily, or the best of so many beams, length penalty 0.6. A prompt that is too
-    long loses its beginning.
+    Greedily, or the best of so many beams, length penalty 0.6. A text may end before
+    its line does. A prompt that is too long loses its beginning.
     """
     most, end = model.config.n_ctx + 1 - n_new, tokenizer.encode("\n")[0]
     ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -176,7 +176,8 @@ def write_answers(model, tokenizer, prompts: list[str], n_new, beams=None) -> li
     else:
         rows = (torch.tensor([row]).to(home) for row in ids)
         new = [beam_search(model, row, n_new, beams, stop=end)[0][0] for row in rows]
-    return [tokenizer.decode(row).split("\n")[0].strip() for row in new]
+    new = [tokenizer.decode(until(row, tokenizer.end_of_text)) for row in new]
+    return [text.split("\n")[0].strip() for text in new]
 
 
 def task_problems(name: str, shots: int, n: int, seed: int | str = 0) -> list[Question]:

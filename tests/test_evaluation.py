@@ -181,6 +181,14 @@ def test_greedy_and_beams_write_to_the_end_of_the_line():
     assert write_answers(MODEL, TOKENIZER, [], 6) == []
 
 
+def test_an_answer_ends_where_its_text_does(monkeypatch):
+    """A model that was tuned on pairs writes an end-of-text token, not a line's end."""
+    end = TOKENIZER.end_of_text
+    rows = [[*TOKENIZER.encode(" yes"), end, *TOKENIZER.encode(" no")], TOKENIZER.encode(" no\n yes")]
+    monkeypatch.setattr(evaluation, "generate_many", lambda *_, **ways: rows)
+    assert write_answers(MODEL, TOKENIZER, ["a", "b"], 6) == ["yes", "no"]
+
+
 def test_of_a_prompt_that_is_too_long_the_end_counts():
     long = TEXT * 3
     ids = TOKENIZER.encode(long)[-(48 + 1 - 5) :]
