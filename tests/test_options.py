@@ -45,6 +45,7 @@ def read(path):
 )
 def test_amounts(words, number):
     assert amount(words) == number and type(amount(words)) is int
+    assert amount(f" {words}\n") == number
 
 
 def test_large_amounts_are_exact():
@@ -135,7 +136,7 @@ def test_files_that_are_refused(content, words, tmp_path):
 def test_what_a_file_says_is_read_as_it_stands(tmp_path):
     """YAML would make a False of No, 8 of 010, 90 of 1:30, and 1 of 1.0."""
     for words in ("No", "010", "1:30", "1.0", "off", "2020-01-01"):
-        (tmp_path / "x.yaml").write_text(f"what: {words}\nloud: 'yes'\nn:\nrate: ~\n")
+        (tmp_path / "x.yaml").write_text(f"what: {words}\nloud: 'Yes'\nn:\nrate: ~\n")
         assert read(tmp_path / "x.yaml") == TryConfig(words, loud=True)
 
 
