@@ -5,8 +5,9 @@ import os
 import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from gpt3lib.options import (
     CommandError,
     as_arguments,
     ask,
+    called,
     option,
     read_yaml,
     write_yaml,
@@ -27,7 +29,11 @@ NUMBERS = Literal["float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a model, or go on where an earlier call of the same command was cut off."""
+    """Train a model, or go on where an earlier call of the same command was cut off.
+
+    --from MODEL --pairs FILE.jsonl fine-tunes one that is there, on your own questions
+    and answers: `gpt3 train --from --help` tells how.
+    """
 
     size: option(str | None, "SIZE", "gpt3-100k … gpt3-175b; goes first", FIRST) = None
     text: option(tuple[str, ...], "FILE …", "your own texts; the rest is chosen") = ()
@@ -62,6 +68,37 @@ class TrainConfig:
     prompt: option(str | None, "TEXT", "samples go on from it") = None
     on_spike: option(SPIKE | None, "WAY", "the loss jumps: stop, skip, rollback") = None
     go_ahead: option(bool, "", "begin even what does not fit") = False
+
+
+LORA_HELP = (
+    "0, the default, trains all of the model; R trains two thin matrices beside each "
+    "of its matrices (LoRA): a third of the memory, and a file of a few MB"
+)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Fine-tune a model on pairs {"context": "…", "completion": "…"}, one a line.
+
+    It learns to write the completion behind the context, and to end there. A twentieth
+    of the pairs is held out, to measure it. Killed, the same command goes on.
+    """
+
+    start: option(str | None, "MODEL", "a run, a folder, a name …", name="from") = None
+    pairs: option(str | None, "FILE.jsonl", "what is learned, a pair a line") = None
+    out: option(str | None, "FOLDER", "where the run lives; else runs/NAME") = None
+    config: option(str | None, "FILE.yaml", "any of these fields, as YAML") = None
+    rank: option(int, "R", LORA_HELP) = None
+    epochs: option(int, "N", "how often each pair is read; else 3 to 20") = None
+    peak: option(float | None, "RATE", "the highest learning rate; else by size") = None
+    batch: option(int, "N", "pairs of a step; 16") = None
+    replay: option(tuple[str, ...], "FILE …", "texts, not to be forgotten") = ()
+    share: option(float | None, "S", "of each batch that is replayed; 0.25") = None
+    seed: option(int, "N", "of the pairs' order; 0") = None
+    bf16: option(bool, "", "matrix products in bfloat16, for a GPU") = False
+    device: option(str | None, "NAME", "cpu, cuda or mps; else what is best") = None
+    n_threads: option(int, "N", "of the processor; else 1 or all, by a trial") = None
+    save_every: option(int, "STEPS", "a checkpoint after so many; 100") = None
 
 
 @dataclass(frozen=True)
@@ -122,15 +159,49 @@ class ConvertConfig:
 
 def read_config(kind: type, path: str | Path):
     """A config of this kind from a file of YAML. Raises CommandError."""
-    return ask(kind, as_arguments(kind, read_yaml(path), path))
+    arguments = as_arguments(kind, read_yaml(path), path)
+    return ask(kind, arguments, name="train")
 
 
-def parse_train(arguments: list[str]) -> TrainConfig:
+TUNES = {"from", "pairs"}
+
+
+def kind_of(path: str | Path) -> type:
+    """Whose options a file of YAML holds, of training or of fine-tuning."""
+    return TuneConfig if TUNES & read_yaml(path).keys() else TrainConfig
+
+
+def tunes(arguments: list[str], typed: dict[str, str]) -> bool:
+    """Whether options of `gpt3 train` are of fine-tuning: by words or by a file."""
+    if typed.keys() & {"--from", "--pairs"}:
+        return True
+    path = Path(typed.get("--config") or f"{typed.get('--out')}/config.yaml")
+    others = typed.keys() & {"--text", "--data"} or arguments[0][:1] != "-"
+    path = path.expanduser()
+    return not others and path.is_file() and kind_of(path) is TuneConfig
+
+
+def parse_train(arguments: list[str]) -> "TrainConfig | TuneConfig":
     """The options of `gpt3 train`; what is typed goes before what --config says."""
-    typed = ask(TrainConfig, arguments)
-    if typed.config is None:
-        return typed
-    return ask(TrainConfig, arguments, read_config(TrainConfig, typed.config))
+    words = [(*word.split("=", 1), after) for word, after in pairwise([*arguments, ""])]
+    typed, kind = {name: value for name, value, *_ in words}, TrainConfig
+    if arguments and tunes(arguments, typed):
+        kind = TuneConfig
+        check_tuning_words(arguments, typed)
+        arguments = ["--help"] if typed.keys() & {"-h", "--help"} else arguments
+    config = ask(kind, arguments, name="train")
+    if config.config is None:
+        return config
+    return ask(kind, arguments, read_config(kind, config.config), name="train")
+
+
+def check_tuning_words(arguments: list[str], typed: dict[str, str]) -> None:
+    """Raise CommandError for words of `gpt3 train` that --from has no use for."""
+    if typed.keys() & {"--text", "--data"}:
+        right = "a text that it shall not forget is --replay"
+        raise CommandError(f"--from learns from --pairs, not --text or --data; {right}")
+    if not arguments[0].startswith("-"):
+        raise CommandError(f"{arguments[0]}: the model of --from has its size already")
 
 
 # what may be another when a run goes on
@@ -162,14 +233,19 @@ def check_train(config: TrainConfig) -> None:
         raise CommandError(f"--minutes is {config.minutes}; it must be above 0")
 
 
-def with_stored(config: TrainConfig, path: Path) -> TrainConfig:
+def with_stored(config, path: Path):
     """The config that a run began with, and what may change. Raises CommandError."""
-    stored, given = read_config(TrainConfig, path), asked(config)
+    if kind_of(path) is not type(config):
+        kinds = {TrainConfig: "of --from and --pairs", TuneConfig: "of another kind"}
+        words = f"the run in {path.parent} is one {kinds[type(config)]}"
+        raise CommandError(f"{words}; give this one another --out")
+    stored, given = read_config(type(config), path), asked(config)
+    names = {field.name: called(field) for field in fields(config)}
     for name in sorted(given.keys() - FREE):
         if given[name] != getattr(stored, name):
             raise CommandError(
-                f"{name} is {given[name]!r}, but the run in {path.parent} began with "
-                f"{getattr(stored, name)!r}; give it that again, or another --out"
+                f"{names[name]} is {given[name]!r}, but the run in {path.parent} began "
+                f"with {getattr(stored, name)!r}; give it that again, or another --out"
             )
     return replace(stored, **{name: given[name] for name in given.keys() & FREE})
 
@@ -192,8 +268,11 @@ def run_tokenize(config: TokenizeConfig) -> None:
     )
 
 
-def run_train(config: TrainConfig) -> None:
+def run_train(config: "TrainConfig | TuneConfig") -> None:
     """What `gpt3 train` does."""
+    if isinstance(config, TuneConfig):
+        run_tune(config)
+        return
     check_train(config)
     name = Path(os.path.abspath(config.text[0])).stem if config.text else config.size
     config = replace(config, out=config.out or f"runs/{name}")
@@ -209,17 +288,39 @@ def run_train(config: TrainConfig) -> None:
             config = own_text.settled(config)
         parts = own_text.ready(config)  # nothing is stored before it is checked
         write_yaml(config, path)
+    finish(config, to_the_end(config, own_text.learn, parts, again))
+
+
+def run_tune(config: TuneConfig) -> None:
+    """What `gpt3 train --from` does."""
+    name = Path(os.path.abspath(config.pairs)).stem if config.pairs else "none"
+    path = Path(config.out or f"runs/{name}") / "config.yaml"
+    from gpt3lib import own_pairs, own_text
+
+    if again := path.exists():
+        config = with_stored(config, path)
+    own_pairs.check_tune(config)
+    config = replace(config, out=str(path.parent))
+    with own_text.alone(path.parent):
+        config, parts = own_pairs.prepare_tuning(config)
+        write_yaml(config, path)
+    to_the_end(config, own_pairs.learn_pairs, parts, again)
+    own_pairs.finish_tuning(config, parts)
+
+
+def to_the_end(config, learn, parts, again: bool):
+    """The model that a run has learned, or the exit code of a Ctrl-C."""
     if again:
         print(f"{config.out}: going on from its last checkpoint")
     print("Ctrl-C stops; the same command goes on.", flush=True)
     try:
-        model, state = own_text.learn(config, parts)
+        model, state = learn(config, parts)
         if not state.finished:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         print(f"go on with: gpt3 train --out {config.out}")
         raise SystemExit(130) from None
-    finish(config, model)
+    return model
 
 
 def finish(config: TrainConfig, model) -> None:
@@ -233,6 +334,17 @@ def finish(config: TrainConfig, model) -> None:
     prompt = config.prompt or ""
     using.write_text(model, tokens.tokenizer, prompt, 200, seed=0, top_p=0.85)
     print(f"\nMore of it: gpt3 generate {config.out}")
+
+
+def model_called(name: str, device: str | None):
+    """The model of a command, and its tokenizer. Raises CommandError, WeightsError."""
+    from gpt3lib.using import find_model
+
+    told, made = Path(name, "config.yaml"), Path(name, "model", "config.json")
+    if told.is_file() and not made.is_file() and kind_of(told) is TuneConfig:
+        right = f"gpt3 train --out {name} finishes it"
+        raise CommandError(f"{name} has not learned all of its pairs yet; {right}")
+    return find_model(name, device)
 
 
 def prompts(config: GenerateConfig):
@@ -252,9 +364,9 @@ def prompts(config: GenerateConfig):
 
 def run_generate(config: GenerateConfig) -> None:
     """What `gpt3 generate` does."""
-    from gpt3lib.using import find_model, write_text
+    from gpt3lib.using import write_text
 
-    model, tokenizer = find_model(config.model, config.device)
+    model, tokenizer = model_called(config.model, config.device)
     names = ("temperature", "top_k", "top_p", "seed")
     ways = {name: getattr(config, name) for name in names}
     for prompt in prompts(config):
@@ -268,7 +380,7 @@ def run_generate(config: GenerateConfig) -> None:
 
 def run_eval(config: EvalConfig) -> None:
     """What `gpt3 eval` does."""
-    from gpt3lib.using import find_model, tell
+    from gpt3lib.using import tell
 
     held = sorted(map(str, Path(config.model).glob("data/held_out")))
     if not config.task and (config.shots or config.beams or config.out):
@@ -277,7 +389,7 @@ def run_eval(config: EvalConfig) -> None:
         raise CommandError("on which text? Give --data: texts, or folders of tokens")
     if config.n_tokens < 1:
         raise CommandError(f"--n_tokens is {config.n_tokens}; it must be 1 or more")
-    model, tokenizer = find_model(config.model, config.device)
+    model, tokenizer = model_called(config.model, config.device)
     for path in config.data or held * (not config.task):
         tell(model, tokenizer, path, config.n_tokens)
     if config.task:
@@ -299,9 +411,9 @@ def run_convert(config: ConvertConfig) -> None:
     """What `gpt3 convert` does."""
     import torch
 
-    from gpt3lib.using import convert, find_model
+    from gpt3lib.using import convert
 
-    model, tokenizer = find_model(config.model, "cpu")
+    model, tokenizer = model_called(config.model, "cpu")
     model = model.to(getattr(torch, config.dtype))
     written = convert(model, tokenizer, config.out, config.to)
     print(f"{config.out}: {written.num_params():,} parameters, a {config.to}")
@@ -313,6 +425,7 @@ HELP = """gpt3: train, ask and measure GPT-3s of every size.
   gpt3 generate runs/mine "It was"            it goes on; without a prompt, it asks
   gpt3 eval runs/mine --data other.txt        loss, perplexity, bits per byte
   gpt3 eval gpt3-10m --task 2D+ --shots 0 8   sums; or a .jsonl of your questions
+  gpt3 train --from gpt3-3m --pairs qa.jsonl  it learns your own answers to them
 
   gpt3 tokenize books/ --out tokens           texts become shards of token ids
   gpt3 train gpt3-1m --data tokens            one of our sizes, by the paper's recipe

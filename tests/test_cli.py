@@ -31,6 +31,7 @@ from gpt3lib.cli import (
     GenerateConfig,
     TokenizeConfig,
     TrainConfig,
+    TuneConfig,
     asked,
     main,
     parse_train,
@@ -41,7 +42,7 @@ from gpt3lib.loading import Tokens
 from gpt3lib.options import FIRST, ask, called, write_yaml
 from samples import text
 
-CONFIGS = [TrainConfig, GenerateConfig, EvalConfig, TokenizeConfig, ConvertConfig]
+CONFIGS = [TrainConfig, TuneConfig, GenerateConfig, EvalConfig, TokenizeConfig, ConvertConfig]
 PROGRAM = [sys.executable, "-c", "import sys; from gpt3lib.cli import main; sys.exit(main())"]
 
 
@@ -221,6 +222,18 @@ def test_what_makes_another_model_may_not_change(tmp_path):
         (name,) = fault
         with pytest.raises(CommandError, match=f"{name} is .* began with .* another --out"):
             with_stored(TrainConfig(**fault), path)
+
+
+def test_a_file_says_which_of_the_two_kinds_of_training_it_is_of(tmp_path):
+    (tmp_path / "run.yaml").write_text("from: gpt3-1m\npairs: qa.jsonl\nrank: 4\n")
+    config = parse_train(["--config", str(tmp_path / "run.yaml"), "--epochs", "2"])
+    assert config == TuneConfig("gpt3-1m", "qa.jsonl", rank=4, epochs=2, config=config.config)
+    write_yaml(config, tmp_path / "config.yaml")
+    assert read_config(TuneConfig, tmp_path / "config.yaml") == replace(config, config=None)
+    out = f"--out={tmp_path}"
+    assert parse_train([out]) == TuneConfig(out=str(tmp_path)) and type(parse_train(["gpt3-1m", out])) is TrainConfig
+    assert parse_train([out, "--device", "cpu"]).device == "cpu"
+    assert type(parse_train(["--pairs=x"])) is type(parse_train(["--from=x"])) is TuneConfig
 
 
 def test_free_fields_are_fields():
