@@ -75,7 +75,9 @@ class Problem(NamedTuple):
     answer: list[int]
 
 
-def as_row(encode, start: int, task: Task, examples, question, **looks) -> Problem:
+def as_problem_row(
+    encode, start: int, task: Task, examples, question, **looks
+) -> Problem:
     """A text begins with the token `start`; an answer ends with its line."""
     text = render(task, examples, question, **looks)
     return Problem([start, *encode(text)], encode(f" {question.answer}\n"))
@@ -107,7 +109,7 @@ def few_shot_prompts(
     for i in range(first, first + ShotError.unless_whole("n", n)):
         dice = Dice(seed, task.name, shots, i)
         examples, question = problem(task, dice, shots, spaced)
-        row = partial(as_row, encode, start, task, question=question, **looks)
+        row = partial(as_problem_row, encode, start, task, question=question, **looks)
         rows.append(row(examples))
         if n_ctx and n_tracks(rows[-1]) > n_ctx:
             fewer = [examples[:k] for k in range(shots + 1)]

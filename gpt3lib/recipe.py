@@ -309,14 +309,13 @@ def micro_batches(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> lis
 def accumulate(model, batches: Iterable, bf16=False, loss_of=loss_of) -> torch.Tensor:
     """The mean loss of micro-batches, a tensor; its gradient is added to each .grad.
 
-    Each micro-batch (inputs, targets) counts as many times as it has tokens.
+    Each micro-batch (inputs, targets) counts by its targets that are told, from 0 on.
     """
     batches = check_batches(batches)
-    n_tokens = sum(targets.numel() for _, targets in batches)
+    told = [(targets >= 0).sum() for _, targets in batches]
     losses = []
-    for inputs, targets in batches:
-        share = targets.numel() / n_tokens
-        loss = loss_of(model, inputs, targets, bf16) * share
+    for (inputs, targets), n in zip(batches, told):
+        loss = loss_of(model, inputs, targets, bf16) * n / sum(told)
         loss.backward()  # what it made of memory is free again
         losses.append(loss.detach())
     return torch.stack(losses).sum()

@@ -300,6 +300,8 @@ PARTS = {  # part of the map -> its chapter, the role of its colour, its words
     "runs": ("15_long_runs", "label", "Long runs"),
     "prompting": ("21_prompting", "input", "Prompting"),
     "evaluation": ("22_evaluation", "output", "Evaluation"),
+    "finetuning": ("23_finetuning", "weight", "Fine-tuning"),
+    "limits": ("23b_limits", "output", "Limits"),
     "weights": ("24_real_weights", "weight", "Real weights"),
 }
 
@@ -423,7 +425,7 @@ def draw_learning(sheet: Map) -> None:
         sheet.box(222, 240, 60, "loss")
         sheet.way((252, 278), (252, 266))
         sheet.box(222, 278, 60, "label")
-        sheet.way((282, 253), (393, 253), (393, 176))
+        sheet.way((282, 253), (434, 253), (434, 163), (428, 163))
         sheet.word(340, 247, "update")
     with sheet.part("recipe"):
         sheet.box(292, 278, 58, "recipe")
@@ -437,6 +439,12 @@ def draw_learning(sheet: Map) -> None:
     with sheet.part("evaluation"):
         sheet.way((172, 240), (172, 221), (206, 221))
         sheet.box(206, 210, 92, "evaluation", h=22)
+    with sheet.part("finetuning"):
+        sheet.box(346, 186, 82, "fine-tuning", h=22)
+        sheet.way((393, 186), (393, 176))
+    with sheet.part("limits"):
+        sheet.way((298, 221), (308, 221))
+        sheet.box(308, 210, 54, "limits", h=22)
     with sheet.part("weights"):
         sheet.box(358, 150, 70, "weights")
         sheet.way((358, 163), (346, 163))

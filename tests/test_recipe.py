@@ -293,6 +293,23 @@ def test_the_mean_of_unequal_means_is_another_gradient():
     assert largest_gap(grads_of(right), grads_of(wrong)) > 1e-3
 
 
+def test_targets_that_are_not_told_do_not_count():
+    def loss_of_told(model, inputs, targets, bf16=False):
+        told = targets >= 0
+        logits = model(inputs)[told]
+        return torch.nn.functional.cross_entropy(logits, targets[told])
+
+    x, y = batch_of(4)
+    y = y.clone()
+    y[0, 1:], y[3, :2] = -1, -1  # the first pair of rows tells less than the second
+    whole, pieces = model_of().double(), model_of().double()
+    loss = loss_of_told(whole, x, y)
+    loss.backward()
+    found = accumulate(pieces, micro_batches(x, y, 2), loss_of=loss_of_told)
+    assert found.item() == pytest.approx(loss.item(), abs=1e-12)
+    assert largest_gap(grads_of(whole), grads_of(pieces)) < 1e-12
+
+
 def test_micro_batches_lose_nothing():
     x, y = batch_of(7)
     pairs = micro_batches(x, y, 3)

@@ -43,9 +43,12 @@ CHAPTERS = {
     "15_long_runs": "runs",
     "21_prompting": "prompting",
     "22_evaluation": "evaluation",
+    "23_finetuning": "finetuning",
+    "23b_limits": "limits",
     "24_real_weights": "weights",
     "h_using_models": "using",
     "i_own_text": "own_text",
+    "j_own_pairs": "own_pairs",
     "f_command_line": "cli",
 }
 PUBLIC = {
