@@ -112,7 +112,7 @@ def test_an_installed_package_works_elsewhere(installed, tmp_path):
     found = run_elsewhere(code, installed, tmp_path)
     assert all(Path(place).is_relative_to(installed) for place in found["places"])
     assert Path(found["cache"]) == tmp_path / ".cache" / "gpt3lib"
-    assert found["packages"] == 8 and found["versions"] == [VERSION, VERSION]
+    assert found["packages"] == 12 and found["versions"] == [VERSION, VERSION]
     assert found["texts"] == ["And it came to pass, and came to the king's house"] * 2
 
 
