@@ -5,6 +5,7 @@ intervals."""
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ class EvaluationError(Refusal, ValueError):
 
 
 check = EvaluationError.unless
+LINE = '{"context": "a text", "completion": "a text"}'  # a line of a file of problems
 
 
 def check_asked(problems: list, tokenizer, by: str, beams: int | None) -> None:
@@ -103,9 +105,7 @@ def likelihoods(model, pairs: Iterable[tuple], batch: int = 16) -> list[Likeliho
 NORMS = ("token", "answer", "sum")
 
 
-def choice_scores(
-    model, tokenizer, asked: list[tuple[str, str]], by: str
-) -> list[float]:
+def choice_scores(model, tokenizer, asked: list[tuple], by: str) -> list[float]:
     """For each (context, choice) a log-probability that can be compared.
 
     by: "token", the mean of its tokens; "answer", minus that behind a bare "Answer: ";
@@ -229,15 +229,14 @@ def as_problem(line: bytes, where: str) -> tuple[Question, object]:
     """A line of a JSONL, and its id. Raises EvaluationError."""
     try:
         raw = json.loads(line.decode("utf-8-sig"), object_pairs_hook=no_twins)
+    except UnicodeDecodeError:
+        raise EvaluationError(f"{where} is no UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{where} is no JSON that can be read: {error}") from None
-    fine = isinstance(raw, dict) and {"context", "completion"} <= raw.keys()
-    fine = fine and isinstance(raw["context"], str)
-    check(fine, f'{where} must be {{"context": "a text", "completion": "a text"}}')
-    answers, choices = (
-        right_texts(raw["completion"]),
-        right_texts(raw.get("choices") or []),
-    )
+        why = re.sub(r"( at)?: line 1 column (\d+) .*", r" at character \2", str(error))
+        raise EvaluationError(f"{where} is no JSON: {why}; write {LINE}") from None
+    fine = isinstance(raw, dict) and isinstance(raw.get("context"), str)
+    check(fine and "completion" in raw, f"{where} must be {LINE}")
+    answers, choices = map(right_texts, (raw["completion"], raw.get("choices") or []))
     check(answers, f"{where}: the completion is empty, or no text; nothing to score")
     if raw.get("choices") is not None:
         fine = len(set(choices)) == len(choices) > 1
@@ -253,6 +252,7 @@ def read_problems(path: str | Path) -> list[Question]:
     A completion may be a list of right ones. "choices" make it multiple choice; an "id"
     stands there once. Blank lines are none. EvaluationError tells a line by its number.
     """
+    check(not os.path.isdir(path), f"{path} is a folder; give a file, .jsonl")
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -276,14 +276,12 @@ def find_problems(name: str, shots: int = 0, n: int | None = None, seed=0) -> li
     if name in TASKS:
         return task_problems(name, shots, n or 100, seed)
     words = f"no task and no file {name!r}; the tasks are {', '.join(TASKS)}"
-    check(Path(name).is_file(), words)
+    check(os.path.exists(name) or Path(name).suffix, words)
     pool = read_problems(name)
     return with_shots(pool[:n], shots, seed, pool)
 
 
-def answers_of(
-    model, tokenizer, problems, n_new: int, beams=None, by="token"
-) -> list[str]:
+def answers_of(model, tokenizer, problems, n_new, beams=None, by="token") -> list[str]:
     """What a model answers to each problem: the best choice, or words of its own."""
     free = [p.prompt() for p in problems if not p.choices]
     asked = [(p.prompt(), choice) for p in problems for choice in p.choices]
@@ -296,24 +294,30 @@ def answers_of(
     return said
 
 
-def check_room(problems: list, tokenizer, n_ctx: int, n_new: int) -> int:
-    """How many questions are too long by themselves, and will lose their beginning.
+def check_room(problems: list, tokenizer, n_ctx: int, name="") -> tuple[int, int]:
+    """The most tokens of a written answer; how many questions alone are too long.
 
-    Raises EvaluationError when examples are what does not fit.
+    Raises EvaluationError, the name in front, when examples are what does not fit.
     """
     size = lambda text: len(tokenizer.encode(text))
+    free = [answer for p in problems for answer in p.answers if not p.choices]
+    n_new = 1 + max(map(size, free), default=0)
     shots = most = max(len(p.examples) for p in problems)
-    n_cut = 0
-    for p in problems:
+    n_cut = worst = 0
+    for i, p in enumerate(problems, start=1):
         room = n_ctx - max(map(size, p.choices), default=n_new)
         words = f"an answer has {n_ctx - room} tokens, and the window only {n_ctx}"
-        check(room >= 0, f"{words}; give a shorter one")
+        check(room >= 0, f"{name}{words}; give a shorter one")
         while most and size(p.prompt(most)) > room:
-            most -= 1
+            most, worst = most - 1, i
         n_cut += size(p.prompt(most)) > room
-    words = f"{shots} examples, question and answer do not fit into {n_ctx} tokens; "
-    check(most == shots, words + f"{f'at most {most}' if most else 'not one'} would")
-    return n_cut
+    if most == shots:
+        return n_new, n_cut
+    sizes = [size(p.context) for p in problems]
+    words = f"{name}problem {worst}, its examples and an answer do not fit into "
+    words += f"{n_ctx:,} tokens: ask for fewer --shots ({most} would do), or shorten "
+    words += f"the longest, problem {1 + sizes.index(max(sizes))} with {max(sizes):,}"
+    raise EvaluationError(words)
 
 
 def fingerprint(model, tokenizer) -> str:
@@ -332,10 +336,16 @@ def earlier_rows(path: Path, header: dict) -> list[dict]:
     A last line that is not whole is dropped. Raises EvaluationError for a file that
     answers something else.
     """
-    data, first = path.read_bytes() if path.exists() else b"", json.dumps(header) + "\n"
-    if first.encode().startswith(data):  # nothing yet, or half a header
+    first = json.dumps(header).encode() + b"\n"
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(first.encode())
+        open(path, "ab").close()  # may one write there?
+        data = path.read_bytes()
+    except OSError as error:
+        words = f"results cannot be written: {error.filename} ({error.strerror}); "
+        raise EvaluationError(f"{words}give --out a folder to write into") from None
+    if first.startswith(data):  # nothing yet, or half a header
+        path.write_bytes(first)
         return []
     try:
         whole = data[: data.rfind(b"\n") + 1]
@@ -360,9 +370,7 @@ def examine(
     Raises EvaluationError.
     """
     check_asked(problems, tokenizer, by, beams)
-    answers = [answer for p in problems for answer in p.answers if not p.choices]
-    n_new = 1 + max((len(tokenizer.encode(answer)) for answer in answers), default=0)
-    n_cut = check_room(problems, tokenizer, model.config.n_ctx, n_new)
+    n_new, n_cut = check_room(problems, tokenizer, model.config.n_ctx)
     header = {**(about or {}), "beams": beams, "by": by, "cut": n_cut}
     header["problems"] = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
     header["model"] = fingerprint(model, tokenizer)
@@ -393,9 +401,10 @@ def examine_all(model, tokenizer, names, shots=(0,), n=None, seed=0, out=None, *
     Returns the summaries. out: a folder for NAME-K-shots.jsonl and .json; ways: beams,
     by and batch, see examine. Raises EvaluationError.
     """
-    exams = [
-        (name, k, find_problems(name, k, n, seed)) for name in names for k in shots
-    ]
+    exams = [(a, k, find_problems(a, k, n, seed)) for a in names for k in shots]
+    for name, k, problems in exams:  # all of them, before the first question
+        check_asked(problems, tokenizer, ways.get("by", "token"), ways.get("beams"))
+        check_room(problems, tokenizer, model.config.n_ctx, f"{name}, {k} shots: ")
     results = []
     for name, k, problems in exams:
         name = Path(name).stem
@@ -446,9 +455,7 @@ class Harness:
             ids = self.tok_encode(text)
             pairs = get_rolling_token_windows(ids, self.eot_token_id, self.n_ctx, 1)
             windows = [(None, *make_disjoint_window(pair)) for pair in pairs]
-            totals.append(
-                sum(log_p for log_p, _ in self._loglikelihood_tokens(windows))
-            )
+            totals.append(sum(f[0] for f in self._loglikelihood_tokens(windows)))
         return totals
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:

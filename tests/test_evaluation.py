@@ -297,9 +297,12 @@ def test_the_papers_format_and_what_may_be_added(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        (b'{"context": "a", ', "line 2 is no JSON that can be read: Expecting"),
-        (b'{"context": "\xff"}', "line 2 is no JSON that can be read: 'utf-8'"),
-        (b"[" * 100_000, "line 2 is no JSON that can be read"),
+        (b'{"context": "a", ', "line 2 is no JSON: Expecting [^:]* at character 1[78]; write {"),
+        (b'{"context": "a', "line 2 is no JSON: Unterminated string starting at character 13; write {"),
+        (b"a,b", 'Expecting value at character 1; write {"context": "a text", "completion": "a text"}$'),
+        (b'{"context": "\xff"}', "line 2 is no UTF-8; save the file as UTF-8"),
+        (json.dumps(GOOD).encode("utf-16"), "line 2 is no UTF-8; save the file as UTF-8"),
+        (b"[" * 100_000, "line 2 is no JSON: .*; write {"),
         (b'{"context": "a", "context": "b", "completion": " c"}', "line 2 .*'context' stands in it twice"),
         (["a", "b"], "line 2 must be"),
         ({"context": "a"}, "line 2 must be"),
@@ -328,9 +331,11 @@ def test_a_line_that_cannot_be_asked_is_named_by_its_number(line, words, tmp_pat
 def test_files_that_hold_nothing(tmp_path):
     with pytest.raises(EvaluationError, match="has no problems"):
         read_problems(jsonl(tmp_path / "x.jsonl", b"", b"  "))
-    for path in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(EvaluationError, match="cannot be read|no task and no file"):
-            find_problems(str(path)) if path.suffix else read_problems(path)
+    for path, words in ((tmp_path, " is a folder"), (tmp_path / "none.jsonl", r" cannot be read \(No such file")):
+        for read in (find_problems, read_problems):
+            with pytest.raises(EvaluationError, match=words) as error:
+                read(str(path))
+            assert str(error.value).startswith(str(path)) and "tasks" not in str(error.value)
     with pytest.raises(EvaluationError, match="no task and no file 'copi'; the tasks are copy"):
         find_problems("copi")
     for fault in ({"shots": -1}, {"n": 0}, {"shots": 1.5}):
@@ -407,6 +412,24 @@ def test_results_of_something_else_are_not_gone_on_with(tmp_path):
         assert path.read_bytes() == content
 
 
+def test_a_place_that_takes_no_results_is_told(tmp_path, monkeypatch):
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "a.jsonl").mkdir()
+
+    def may_not(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("notes/a.jsonl", "notes/deep/a.jsonl", "a.jsonl", "shut/a.jsonl"):
+        with monkeypatch.context() as patch:
+            if name.startswith("shut"):
+                patch.setattr(builtins, "open", may_not)
+            words = "results cannot be written: .*; give --out a folder to write into$"
+            with pytest.raises(EvaluationError, match=words) as error:
+                examine(MODEL, TOKENIZER, PROBLEMS, tmp_path / name)
+        assert str(tmp_path / name.split("/")[0]) in str(error.value)
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_a_fingerprint_is_of_config_tokens_and_weights():
     mark = fingerprint(MODEL, TOKENIZER)
     assert mark == fingerprint(shaken(), TOKENIZER) and len(mark) == 16
@@ -434,14 +457,16 @@ def test_examples_that_do_not_fit_are_counted_and_a_long_question_is_cut():
     asked = Question("the quick", (" fox",), examples=lines)
     most = max(shots for shots in range(10) if size(shots) <= 48)
     assert 1 <= most < 9
-    with pytest.raises(EvaluationError, match=f"9 examples, .* fit into 48 tokens; at most {most} would"):
+    with pytest.raises(EvaluationError, match=f"^problem 2, its examples .* fit .*{most} would do"):
         examine(MODEL, TOKENIZER, [replace(asked, examples=()), asked])
     fits = [replace(asked, examples=lines[:most])]
     assert examine(MODEL, TOKENIZER, fits)["cut"] == 0
     assert examine(shaken(replace(CONFIG, n_ctx=size(most))), TOKENIZER, fits)["n"] == 1  # to the last token
-    with pytest.raises(EvaluationError, match=f"at most {most - 1} would|not one would"):
+    with pytest.raises(EvaluationError, match=f"^problem 1, .*{most - 1} would do"):
         examine(shaken(replace(CONFIG, n_ctx=size(most) - 1)), TOKENIZER, fits)
-    with pytest.raises(EvaluationError, match="not one would"):
+    with pytest.raises(
+        EvaluationError, match=r"fewer --shots \(0 would do\), or shorten the longest, problem 1 with \d+$"
+    ):
         examine(MODEL, TOKENIZER, [replace(asked, examples=(TEXT * 3,))])
     found = examine(MODEL, TOKENIZER, [Question(TEXT * 3, (" fox",)), Question("a", (" fox",))])
     assert found["cut"] == 1 and found["n"] == 2
@@ -458,6 +483,25 @@ def test_tasks_and_files_in_one_table(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     assert [row["shots"] for row in found] == [0, 1, 0, 1]
     assert found == examine_all(model, TOKENIZER, ["last", str(path)], (0, 1), n=5, seed=2)
+
+
+def test_all_that_is_asked_for_is_checked_before_the_first_question(tmp_path, monkeypatch, capsys):
+    lines = [{"context": p.context, "completion": p.answers[0]} for p in FILE]
+    lines.insert(3, GOOD | {"context": "fox " * 20})
+    path = str(jsonl(tmp_path / "mine.jsonl", *lines))
+    model, n = shaken(replace(CONFIG, n_ctx=50)), len(TOKENIZER.encode("fox " * 20))
+    spy = Spy(monkeypatch)
+    for names, shots in (([path], (0, 2)), ([path], (2, 0))):
+        with pytest.raises(
+            EvaluationError, match=f"mine.jsonl, 2 shots: .* fit into 50 .*shorten the longest, problem 4 with {n}$"
+        ):
+            examine_all(model, TOKENIZER, names, shots, out=tmp_path / "out")
+    jsonl(tmp_path / "long.jsonl", GOOD | {"completion": " fox" * 60})
+    with pytest.raises(EvaluationError, match="long.jsonl, 0 shots: an answer has .*, and the window only 50"):
+        examine_all(model, TOKENIZER, [path, str(tmp_path / "long.jsonl")], out=tmp_path / "out")
+    with pytest.raises(EvaluationError, match="a model without tokenizer"):
+        examine_all(model, None, [path])
+    assert spy.calls == 0 and not (tmp_path / "out").exists() and not capsys.readouterr().out
 
 
 # --- lm-evaluation-harness ---
