@@ -3,6 +3,7 @@
 # Made from book/f_command_line.ipynb by tools/export.py; edit the chapter.
 import os
 import re
+import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -201,7 +202,9 @@ def check_tuning_words(arguments: list[str], typed: dict[str, str]) -> None:
         right = "a text that it shall not forget is --replay"
         raise CommandError(f"--from learns from --pairs, not --text or --data; {right}")
     if not arguments[0].startswith("-"):
-        raise CommandError(f"{arguments[0]}: the model of --from has its size already")
+        right = f"write --from {arguments[0]} --pairs {typed.get('--pairs')}"
+        words = f"{arguments[0]}: the model of --from has its size already"
+        raise CommandError(words if "--from" in typed else right)
 
 
 # what may be another when a run goes on
@@ -318,7 +321,7 @@ def to_the_end(config, learn, parts, again: bool):
         if not state.finished:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        print(f"go on with: gpt3 train --out {config.out}")
+        print(f"go on with: gpt3 train --out {shlex.quote(config.out)}")
         raise SystemExit(130) from None
     return model
 
@@ -333,7 +336,7 @@ def finish(config: TrainConfig, model) -> None:
         using.tell(model, tokens.tokenizer, str(path), 100_000)
     prompt = config.prompt or ""
     using.write_text(model, tokens.tokenizer, prompt, 200, seed=0, top_p=0.85)
-    print(f"\nMore of it: gpt3 generate {config.out}")
+    print(f"\nMore of it: gpt3 generate {shlex.quote(config.out)}")
 
 
 def model_called(name: str, device: str | None):
@@ -342,7 +345,7 @@ def model_called(name: str, device: str | None):
 
     told, made = Path(name, "config.yaml"), Path(name, "model", "config.json")
     if told.is_file() and not made.is_file() and kind_of(told) is TuneConfig:
-        right = f"gpt3 train --out {name} finishes it"
+        right = f"gpt3 train --out {shlex.quote(name)} finishes it"
         raise CommandError(f"{name} has not learned all of its pairs yet; {right}")
     return find_model(name, device)
 
@@ -488,3 +491,7 @@ def main(arguments: list[str] | None = None) -> int:
             words = f"{kind.__name__}: {words} (GPT3LIB_TRACEBACK=1 tells where)"
         print(f"gpt3: {words}", file=sys.stderr)
         return 2
+
+
+if __name__ == "__main__" and __spec__:  # python -m gpt3lib.cli, no notebook
+    sys.exit(main())

@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,11 @@ class Pair(NamedTuple):
     context: str
     completion: str
     row: Problem
+    asked: Question | None = None  # the line, with all that is right
+
+    def right(self) -> tuple[str, ...]:
+        """All right completions of the line; the first is the one that is learned."""
+        return self.asked.answers if self.asked else (self.completion,)
 
 
 def numbered_pairs(path: str | Path) -> list[tuple[int, Question]]:
@@ -69,7 +75,7 @@ def as_pairs(problems, tokenizer: Tokenizer, n_ctx: int) -> list[Pair]:
     for number, asked in problems:
         both = asked.context, asked.answers[0]
         row = as_row(tokenizer, *both)
-        found.setdefault(both, Pair(*both, row))
+        found.setdefault(both, Pair(*both, row, asked))
         if n_tracks(row) > n_ctx:
             long.append(f"line {number} has {n_tracks(row):,}")
     which, more = ", ".join(long[:3]), f" and {len(long) - 3:,} more" * (len(long) > 3)
@@ -200,6 +206,9 @@ def check_begun(config, pairs: Pairs) -> bool:
         taken = any((out / name).exists() for name in ("model", "config.json"))
         words = f"{out} holds a model already; give another --out"
         TuningError.unless(not taken, words)
+        n, most = len(pairs.rows), max(2, len(pairs.rows))
+        words = f"batch is {pairs.batch_size:,}, and {n:,} pairs are to be learned"
+        TuningError.unless(pairs.batch_size <= most, f"{words}; give {most:,} at most")
         out.mkdir(parents=True, exist_ok=True)
         write_beside(out / "pairs.json", json.dumps(told, indent=1).encode())
     return begun
@@ -227,6 +236,21 @@ def tried(model: GPT, batch: tuple, n: int | None = None) -> tuple[int, float]:
     return best, times[best]
 
 
+def oddities(pairs: list[Pair]) -> str:
+    """What somebody may not have meant, with how often it is there; else nothing."""
+    seen = Counter(pair.context for pair in pairs)
+    told = {
+        "several completions: {} (the first is learned)": sum(
+            len(pair.right()) > 1 for pair in pairs
+        ),
+        "no space before the completion: {}": sum(
+            not pair.completion[:1].isspace() for pair in pairs
+        ),
+        "contexts of more than one line: {}": sum(n > 1 for n in seen.values()),
+    }
+    return "; ".join(words.format(f"{n:,}") for words, n in told.items() if n)
+
+
 def tuning_needs(config, tuning: Tuning, twice: int) -> dict[str, str]:
     """What a run on pairs is and needs, a few lines, each with its name."""
     model, pairs, n = tuning.model, tuning.pairs, tuning.model.num_params()
@@ -236,8 +260,10 @@ def tuning_needs(config, tuning: Tuning, twice: int) -> dict[str, str]:
     n_ids = sum(len(pair.row.answer) for pair in tuning.learned)
     repeated = f"; {twice} stood there twice" if twice else ""
     replayed = f", {pairs.batch_size - pairs.n_own} of them replay"
+    odd = oddities([*tuning.learned, *tuning.held])
     return {
         "pairs": f"{len(pairs.rows):,} to learn, {n_held:,} held out{repeated}",
+        **({"lines": odd} if odd else {}),
         "tokens": f"{n_ids:,} in completions; the longest pair has {pairs.n_ctx:,}",
         "model": f"{n:,} parameters, trained are {which}",
         "steps": f"{n_steps:,} of {pairs.batch_size} sequences"
@@ -318,17 +344,22 @@ def verdict(before: float, seen: list[tuple[float, float]]) -> str:
     said = f"held-out loss: {before:.2f} before, {seen[-1][1]:.2f} now"
     if seen[-1][1] > 1.1 * low + 0.05:
         said += f". It was {low:.2f} after epoch {epoch:.1f}: from there on the pairs "
-        said += f"are learned by heart; --epochs {math.ceil(epoch)} may be better"
+        said += "are learned by heart; "
+        said += f"--epochs {math.ceil(epoch)}, with another --out, may be better"
     return said
 
 
 def write_held(pairs: list[Pair], path: Path) -> None:
-    """Pairs as a JSONL, which `gpt3 eval` reads."""
-    names = ("context", "completion")
-    lines = [
-        json.dumps(dict(zip(names, pair[:2])), ensure_ascii=True) for pair in pairs
-    ]
-    write_beside(path, "".join(f"{line}\n" for line in lines).encode())
+    """Pairs as a JSONL, which `gpt3 eval` reads: all that is right, and the choices."""
+    text = ""
+    for pair in pairs:
+        several = len(pair.right()) > 1
+        completion = pair.right() if several else pair.completion
+        told = {"context": pair.context, "completion": completion}
+        if pair.asked and pair.asked.choices:
+            told["choices"] = pair.asked.choices
+        text += json.dumps(told, ensure_ascii=True) + "\n"
+    write_beside(path, text.encode())
 
 
 def finish_tuning(config, tuning: Tuning) -> None:
@@ -342,9 +373,13 @@ def finish_tuning(config, tuning: Tuning) -> None:
     print(verdict(tuning.before, looks(out)))
     some = (held or tuning.learned)[:3]
     for pair, said in zip(some, replies(model, tuning.tokenizer, some)):
-        print(f"\n{pair.context}\n  it says  {said!r}\n  right is {pair.completion!r}")
-    ask = shlex.quote(some[0].context)
-    print(f"\nAsk it: gpt3 generate {config.out} {ask} --temperature 0")
+        right = " or ".join(map(repr, pair.right()))
+        print(f"\n{pair.context}\n  it says  {said!r}\n  right is {right}")
+    texts = (pair.context for pair in (*held, *tuning.learned))
+    ask = next((shlex.quote(text) for text in texts if text[:1] != "-"), "")
+    run = shlex.quote(config.out)  # a text that begins with - would be an option
+    print(f"\nAsk it: gpt3 generate {run} {ask} --temperature 0")
     if held:
         write_held(held, out / "held_out.jsonl")
-        print(f"Count: gpt3 eval {config.out} --task {out / 'held_out.jsonl'}")
+        task = shlex.quote(str(out / "held_out.jsonl"))
+        print(f"Count: gpt3 eval {run} --task {task}")

@@ -3,6 +3,7 @@
 # Made from book/h_using_models.ipynb by tools/export.py; edit the chapter.
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,13 +69,34 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     raise WeightsError(f"{words}; put the model's own there")
 
 
+def check_name(name: str) -> None:
+    """Raise WeightsError for a name without a model that cannot be one of the hub's."""
+    path, models = Path(name).expanduser(), DATA / "models"
+    if (path / "adapter_config.json").is_file():
+        merged = find_folder_of(str(path.parent))
+        right = f"the merged model is {path.parent}" if merged else "merge it first"
+        raise WeightsError(f"{name} is an adapter; {right}")
+    size = r"gpt3-[\d.]+[kmb]"
+    if re.fullmatch(size, name) and not path.exists():
+        ours = [p.name for p in models.iterdir() if re.fullmatch(size, p.name)]
+        ours.sort(key=lambda own: (own[-1], len(own), own))  # k is before m
+        raise WeightsError(f"no {name} comes trained; there are {', '.join(ours)}")
+    parts = re.split(r"[/\\]", name)  # the hub's have two parts at most
+    here = len(parts) > 2 or "\\" in name or parts[0] in ("runs", ".", "..", "~", "")
+    fine = path.exists() or not here
+    WeightsError.unless(fine, f"{name}: no run and no model there")
+
+
 def find_model(name: str, device: str | None = None) -> tuple[GPT, Tokenizer]:
     """A model and its tokenizer: of a run, even one on its way, a folder, or the hub.
 
     Raises WeightsError, RunError.
     """
     home, folder, run = find_device(device), find_folder_of(name), Path(name)
-    if folder is None and [*run.glob("step-*")]:  # its checkpoints, if no more yet
+    begun = [*run.glob("step-*")]
+    if folder is None and not begun:
+        check_name(name)
+    if folder is None and begun:  # its checkpoints, if no more yet
         model, folder = load(run, home), run / "data" / "train"
     else:
         model = GPT.from_pretrained(folder or name).to(home)
@@ -205,12 +227,21 @@ def check_kind(model: GPT, kind: str) -> None:
         raise WeightsError(f"no kind {kind!r}; there are gpt2, gpt_neo and gpt3lib")
 
 
+def check_free(folder: str | Path) -> None:
+    """Raise WeightsError for a folder that holds a model, or a run."""
+    names = "config.json", "*.safetensors", "model/config.json", "config.yaml", "step-*"
+    taken = next((p for name in names for p in Path(folder).glob(name)), None)
+    words = f"{folder} holds {taken and taken.name} already; give another folder"
+    WeightsError.unless(taken is None, words)
+
+
 def convert(model: GPT, tokenizer: Tokenizer, folder: str | Path, kind: str) -> GPT:
     """Write a model as a gpt2, gpt_neo or gpt3lib, with its tokenizer; what is written.
 
-    Raises WeightsError for a kind that cannot hold it.
+    Raises WeightsError for a kind that cannot hold it, and a folder that is taken.
     """
     check_kind(model, kind)
+    check_free(folder)
     dtype = next(model.parameters()).dtype
     if kind == "gpt_neo" and type(model.config) is GPTConfig:
         model = as_neo(model).to(dtype)

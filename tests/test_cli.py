@@ -146,7 +146,7 @@ def test_what_is_typed_goes_before_the_file(tmp_path):
         ("!!python/object/apply:os.system ['true']", "must hold lines"),
         ("seed: 1\npeak: 1\nseed: 2", "seed stands there twice"),
         ("n_tokens: false", "--n_tokens: 'false' is no whole number"),
-        ("seed: No", "--seed: 'No' is no whole number"),
+        ("seed: No", "--seed is No; it must be a whole number"),
         ("bf16: 3", "bf16 is 3, not true or false"),
     ],
 )
@@ -253,7 +253,7 @@ def test_free_fields_are_fields():
         ("train --text mine.txt gpt3-1m", "gpt3-1m is a size: put it first"),
         ("train --text mine.txt --out mine.txt", "mine.txt is a file; give a folder"),
         ("train --text mine.txt --device meta", "no device 'meta'"),
-        ("train --text mine.txt --n_tokens 1e400", "no whole number"),
+        ("train --text mine.txt --n_tokens 1e400", "no whole number that fits; write 20000000, 2e7 or 20M"),
         ("train --text mine.txt --n_tokens 0", "n_tokens is 0"),
         ("eval nowhere --data mine.txt --n_tokens 0", "--n_tokens is 0; it must be 1 or more"),
         ("train gpt3-2m --data nowhere", "nowhere"),
@@ -262,7 +262,7 @@ def test_free_fields_are_fields():
         ("train --text nowhere.txt", "nowhere.txt"),
         ("train gpt3-175b --device cpu", "needs 2,794 GB of memory"),
         ("train gpt3-175b --device cpu --go_ahead", "nothing to learn from"),
-        ("generate nowhere/at/all hello", "no such folder"),
+        ("generate nowhere/at/all hello", "no run and no model there"),
         ("eval nowhere", "on which text?"),
         ("eval nowhere --shots 3", "are for --task"),
         ("eval nowhere --task 2D+ --by luck", "invalid choice 'luck'"),
@@ -289,6 +289,11 @@ def test_the_unforeseen_is_one_line_too_and_tells_on_request(here, capfd, monkey
     monkeypatch.setenv("GPT3LIB_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main(["train", "gpt3-1m"])
+
+
+def test_the_module_is_the_command_too(here):
+    ran = subprocess.run([sys.executable, "-m", "gpt3lib.cli", "trian"], capture_output=True, text=True)
+    assert ran.returncode == 2 and "no command 'trian'" in ran.stderr
 
 
 def test_ctrl_c_outside_a_run(here, capfd, monkeypatch):

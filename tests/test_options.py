@@ -100,7 +100,7 @@ def test_home_is_where_a_path_may_stand(monkeypatch, tmp_path):
     [
         (["--lr", "3"], "Unrecognized options: --lr, 3"),
         (["--rat", "3"], "perhaps you meant --rate"),
-        (["--n", "many"], "'many' is no whole number"),
+        (["--n", "many"], "--n is many; it must be a whole number, 0 or more; `gpt3 try"),
         (["--rate", "high"], "--rate"),
         (["--from"], "from"),
     ],
@@ -120,7 +120,7 @@ def test_wrong_options_become_one_line(arguments, words):
         ("", "must hold lines"),
         ("a: [", "is no YAML"),
         ("n: {a: 1}", "n must be plain"),
-        ("n: soon", "'soon' is no whole number"),
+        ("n: soon", "--n is soon; it must be a whole number"),
         ("n: [1, 2]", "n must be one value"),
         ("!!python/object/apply:os.system ['true']", "must hold lines"),
         ("n: 1\nrate: 1\nn: 2", "n stands there twice"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from gpt3lib import own_pairs, runs
 from gpt3lib.cli import TuneConfig, main
 from gpt3lib.evaluation import EvaluationError
-from gpt3lib.finetuning import Pairs, TuningError, add_lora, answer_loss_of, load_adapter
+from gpt3lib.finetuning import Pairs, TuningError, add_lora, answer_loss_of
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.own_pairs import (
     as_pairs,
@@ -239,7 +239,7 @@ def test_what_is_missing_is_named(wrong, words):
 def test_a_rise_is_told():
     assert verdict(3.0, [(1.0, 2.0), (2.0, 1.0)]) == "held-out loss: 3.00 before, 1.00 now"
     said = verdict(3.0, [(1.2, 1.0), (2.0, 1.5)])
-    assert "It was 1.00 after epoch 1.2" in said and "--epochs 2 may be better" in said
+    assert "It was 1.00 after epoch 1.2" in said and "--epochs 2, with another --out, may be better" in said
     assert "It was" not in verdict(3.0, [(1.0, 1.0), (2.0, 1.04)])
     assert "nobody knows" in verdict(math.nan, [])
 
@@ -281,8 +281,11 @@ def test_pairs_become_a_model_that_answers(here, capfd):
 def test_lora_is_merged_and_kept_beside(here, capfd):
     code, out, _ = gpt3(TUNE + " --rank 2", capfd)
     assert code == 0 and "by LoRA" in out
-    whole, _ = find_model("base")
-    load_adapter(whole, "run/adapter")
+    assert "an adapter; the merged model is run" in gpt3("generate run/adapter x", capfd)[2]
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    told = readme.partition("```py\n")[2].partition("```")[0]  # how the adapter is loaded
+    exec(told.replace("gpt3-3m", "base").replace("runs/mine", "run"), names := {})
+    whole = names["model"]
     merged, _ = find_model("run")
     tokens = torch.arange(40)[None]
     start, _ = find_model("base")
@@ -343,7 +346,7 @@ def test_what_stood_twice_is_said_and_learned_once(here, capfd):
 
 def test_few_pairs_are_learned_without_any_held_out(here, capfd):
     write("mine.jsonl", lines(2))
-    code, out, _ = gpt3(TUNE, capfd)
+    code, out, _ = gpt3(TUNE.replace("--batch 4", "--batch 2"), capfd)
     assert code == 0 and "2 to learn, 0 held out" in out and "nobody knows" in out
     assert "it says" in out and not Path("run/held_out.jsonl").exists() and looks(Path("run")) == []
 
@@ -358,6 +361,38 @@ def test_held_out_pairs_are_written_as_they_were(tmp_path):
     pair = own_pairs.Pair('é "\n\ud800', " ☃", None)
     write_held([pair], tmp_path / "x.jsonl")
     assert numbered_pairs(tmp_path / "x.jsonl")[0][1].context == pair.context
+
+
+def test_what_is_held_out_keeps_all_that_is_right_and_the_choices(tmp_path):
+    asked = [
+        {"context": "a", "completion": [" b", " c"]},
+        {"context": "b", "completion": " x", "choices": [" x", " y"]},
+        {"context": "c", "completion": " z"},
+    ]
+    write(tmp_path / "mine.jsonl", asked)
+    write_held(as_pairs(numbered_pairs(tmp_path / "mine.jsonl"), TOKENIZER, 48), tmp_path / "x.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()] == asked
+
+
+def test_the_plan_counts_what_may_not_be_meant(here, capfd):
+    more = [{"context": "a", "completion": [" b", " c"]}, {"context": "a", "completion": "b"}]
+    write("mine.jsonl", lines() + more + [{"context": "d", "completion": "e"}])
+    _, out, _ = gpt3(TUNE, capfd)
+    told = "several completions: 1 (the first is learned); no space before the completion: 2; contexts of more than"
+    assert f"lines    {told} one line: 1\n" in out
+    assert own_pairs.oddities(as_pairs(numbered_pairs("run/held_out.jsonl"), TOKENIZER, 48)[:1]) == ""
+
+
+def test_hints_can_be_pasted(here, capfd):
+    write("mine.jsonl", [{"context": f"-{i} it's?", "completion": f" {i % 3}"} for i in range(29)] + lines(1))
+    code, out, _ = gpt3(TUNE.replace("--out run", "--out 'my run'"), capfd)
+    asked, counted = (line.partition(": gpt3 ")[2] for line in out.splitlines()[-2:])
+    assert shlex.split(asked) == ["generate", "my run", lines(1)[0]["context"], "--temperature", "0"]
+    assert shlex.split(counted) == ["eval", "my run", "--task", str(Path("my run/held_out.jsonl"))]
+    assert code == 0 and gpt3(asked, capfd)[0] == 0 and gpt3(counted, capfd)[0] == 0
+    write("mine.jsonl", [{"context": f"-{i}", "completion": f" {i % 3}"} for i in range(9)])
+    _, out, _ = gpt3(TUNE.replace("--out run", "--out bare"), capfd)
+    assert out.splitlines()[-2].split() == "Ask it: gpt3 generate bare --temperature 0".split()
 
 
 # --- killed, and on ---
@@ -403,7 +438,11 @@ def test_ctrl_c_and_on_and_nobody_asks_half_a_model(here, capfd, monkeypatch):
 
     assert gpt3(TUNE.replace("--out run", "--out whole"), capfd)[0] == 0
     monkeypatch.setattr(own_pairs, "run", stopped)
-    code, out, _ = gpt3(TUNE, capfd)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        code, out, _ = gpt3(TUNE, capfd)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and "go on with: gpt3 train --out run" in out and not Path("run/model").exists()
     for line in ("generate run x", "eval run --data old.txt", "convert run x --to gpt_neo"):
         code, _, error = gpt3(line, capfd)
@@ -427,7 +466,11 @@ def test_ctrl_c_and_on_and_nobody_asks_half_a_model(here, capfd, monkeypatch):
         (TUNE + " --n_ctx 8", "Unrecognized options: --n_ctx, 8"),
         (TUNE + " --share 0.5", "--share is of the texts of --replay"),
         (TUNE + " --rank 17", "rank is 17, and the matrices have only 16"),
-        (TUNE + " --rank -1", "rank"),
+        (TUNE + " --rank -1", "--rank is -1; it must be a whole number, 0 or more"),
+        (TUNE + " --epochs 1.5", "--epochs is 1.5; it must be a whole number, 0 or more"),
+        (TUNE + " --batch 28", "batch is 28, and 27 pairs are to be learned; give 27 at most"),
+        ("train gpt3-1m --pairs mine.jsonl", "write --from gpt3-1m --pairs mine.jsonl"),
+        (TUNE.replace("--from base", "--from gpt3-9m"), "there are gpt3-100k, gpt3-300k, gpt3-1m, gpt3-3m, gpt3-10m"),
         (TUNE + " --epochs 0", "epochs is 0"),
         (TUNE + " --batch 0", "batch_size is 0"),
         (TUNE + " --peak 0", "peak is 0.0; it must be a number above 0"),
@@ -442,7 +485,7 @@ def test_ctrl_c_and_on_and_nobody_asks_half_a_model(here, capfd, monkeypatch):
         (TUNE.replace("mine.jsonl", "broken.jsonl"), "broken.jsonl, line 2 is no JSON"),
         (TUNE.replace("mine.jsonl", "silent.jsonl"), "silent.jsonl, line 3: the completion is empty"),
         (TUNE.replace("mine.jsonl", "long.jsonl"), "48 tokens fit into the model's window, but line 2 has 52"),
-        (TUNE.replace("--from base", "--from nowhere/at/all"), "no such folder"),
+        (TUNE.replace("--from base", "--from nowhere/at/all"), "no run and no model there"),
         (TUNE.replace("--from base", "--from mute"), "mute has no merges.txt"),
         (TUNE.replace("--out run", "--out base"), "base holds a model already"),
         (TUNE.replace("--out run", "--out mine.jsonl"), "mine.jsonl is a file; give a folder"),

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from contextlib import redirect_stdout
 from dataclasses import replace
 
@@ -77,13 +78,31 @@ def test_a_shipped_model_is_found_by_name():
 
 
 def test_no_model_no_tokenizer_no_device(folder, tmp_path):
-    with pytest.raises(WeightsError, match="no such folder"):
-        find_model(str(tmp_path / "no" / "where" / "here"))
+    for name in (str(tmp_path / "no" / "where" / "here"), "runs/nowhere", "no/where/here", "./nowhere"):
+        with pytest.raises(WeightsError, match="no run and no model there"):
+            find_model(name, "cpu")
     shaken().save_pretrained(tmp_path / "alone")
     with pytest.raises(WeightsError, match="no merges.txt"):
         find_model(str(tmp_path / "alone"), "cpu")
     with pytest.raises(WeightsError, match="no device 'warp'"):
         find_device("warp")
+
+
+@pytest.mark.parametrize("name", ["gpt3-125m", "gpt3-9m"])
+def test_an_untrained_size_names_the_trained_ones(name):
+    trained = "gpt3-100k, gpt3-300k, gpt3-1m, gpt3-3m, gpt3-10m"
+    with pytest.raises(WeightsError, match=f"no {name} comes trained; there are {trained}"):
+        find_model(name, "cpu")
+
+
+def test_an_adapter_tells_of_its_merged_model(folder, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(WeightsError, match="is an adapter; merge it first"):
+        find_model(str(tmp_path / "adapter"), "cpu")
+    write_model(shaken(), TOKENIZER, tmp_path / "model")
+    with pytest.raises(WeightsError, match=f"adapter; the merged model is {re.escape(str(tmp_path))}$"):
+        find_model(str(tmp_path / "adapter"), "cpu")
 
 
 def test_gpt2s_number_of_ids_means_gpt2s_tokenizer(tmp_path):
@@ -207,6 +226,19 @@ def test_transformers_reads_what_is_converted(kind, tmp_path):
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert ours(TEXT)["input_ids"] == TOKENIZER.encode(TEXT)
     assert ours.eos_token_id == TOKENIZER.end_of_text
+
+
+@pytest.mark.parametrize(
+    "taken",
+    ["config.json", "config.yaml", "model-00001-of-00002.safetensors", "model/config.json", "step-0000000010/x"],
+)
+def test_what_is_there_is_not_converted_over(taken, tmp_path):
+    path = tmp_path / "out" / taken
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(WeightsError, match="already; give another folder"):
+        convert(shaken(), TOKENIZER, tmp_path / "out", "gpt_neo")
+    assert path.read_text() == "mine" and len([p for p in (tmp_path / "out").rglob("*") if p.is_file()]) == 1
 
 
 def test_kinds_that_cannot_hold_a_model_are_refused(tmp_path):
