@@ -399,13 +399,16 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OTHER_KINDS = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
 
 
+PEFT_NAME = "base_model.model.{}.lora_{}.weight"  # of a layer's matrix A or B
+
+
 def adapter_tensors(model) -> dict[str, torch.Tensor]:
     """The matrices of all LoRAs, by the names that peft gives them."""
     found = {}
     for name, parent, child in linear_layers(model, LoRA):
         part = getattr(parent, child)
-        found[f"base_model.model.{name}.lora_A.weight"] = part.a
-        found[f"base_model.model.{name}.lora_B.weight"] = part.b
+        found[PEFT_NAME.format(name, "A")] = part.a
+        found[PEFT_NAME.format(name, "B")] = part.b
     return found
 
 
@@ -475,6 +478,6 @@ def expected_shapes(model, rank, alpha, where) -> dict[str, tuple[int, int]]:
     found = {}
     for name, parent, child in linear_layers(model, nn.Linear, where):
         d_out, d_in = getattr(parent, child).weight.shape
-        found[f"base_model.model.{name}.lora_A.weight"] = (rank, d_in)
-        found[f"base_model.model.{name}.lora_B.weight"] = (d_out, rank)
+        found[PEFT_NAME.format(name, "A")] = (rank, d_in)
+        found[PEFT_NAME.format(name, "B")] = (d_out, rank)
     return found
