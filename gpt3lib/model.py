@@ -309,13 +309,14 @@ class GPT(nn.Module):
         """(B, T) ids -> logits (B, T, vocab_size). Raises TokenError, ContextError."""
         return self.embeddings.unembed(self.hidden(tokens, past))
 
-    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, tokens, targets, past=None) -> torch.Tensor:
         """Mean cross-entropy in nats of (B, T) ids and targets. Raises TokenError.
 
-        For second derivatives see attend.
+        past: see hidden. For second derivatives see attend.
         """
         check_targets(tokens, targets, self.config.vocab_size)
-        return chunked_loss(self.hidden(tokens), self.embeddings.wte.weight, targets)
+        h = self.hidden(tokens, past)
+        return chunked_loss(h, self.embeddings.wte.weight, targets)
 
     def check(self, tokens: torch.Tensor, past=None) -> None:
         """Raise Token-, Config- or ContextError unless the model can read these."""
