@@ -165,11 +165,12 @@ def normal(shape: torch.Size, std: float, seed: int, name: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, n_layers: int, seed: int = 0) -> None:
+def initialise(model, n_layers: int, seed: int = 0, fill=torch.Tensor.copy_) -> None:
     """Fill a model: matrices N(0, 0.02²), positions N(0, 0.01²), biases 0, gains 1.
 
     The two matrices of a layer that write to the stream get 0.02 / √(2 · n_layers), see
     [R19] §2.3. Parameters on the "meta" device have no numbers and stay without.
+    fill(parameter, numbers): how they get in, for whoever keeps only a piece of them.
     """
     small = 0.02 / math.sqrt(2 * n_layers)
     stds = {"wpe.weight": 0.01, "wo.weight": small, "down.weight": small}
@@ -178,7 +179,7 @@ def initialise(model: nn.Module, n_layers: int, seed: int = 0) -> None:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
         elif not p.is_meta:
             std = next((std for end, std in stds.items() if name.endswith(end)), 0.02)
-            p.copy_(normal(p.shape, std, seed, name))
+            fill(p, normal(p.shape, std, seed, name))
 
 
 def loss_slowly(h, wte, targets) -> torch.Tensor:

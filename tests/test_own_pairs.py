@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from gpt3lib import own_pairs, runs
-from gpt3lib.cli import TuneConfig, main
+from gpt3lib.cli import main
+from gpt3lib.commands import TuneConfig
 from gpt3lib.evaluation import EvaluationError
 from gpt3lib.finetuning import Pairs, TuningError, add_lora, answer_loss_of
 from gpt3lib.model import GPT, GPTConfig

@@ -8,7 +8,7 @@ import torch
 
 from gpt3lib import own_text
 from gpt3lib.checkpoints import RunError
-from gpt3lib.cli import TrainConfig
+from gpt3lib.commands import TrainConfig
 from gpt3lib.loading import LoadingError, Tokens
 from gpt3lib.model import ConfigError, GPTConfig
 from gpt3lib.own_text import (

@@ -26,6 +26,7 @@ CHAPTERS = {
     "d_files": "files",
     "e_tasks": "tasks",
     "k_options": "options",
+    "m_commands": "commands",
     "g_checkpoints": "checkpoints",
     "02_tokenization": "tokenization",
     "03_embeddings": "embeddings",
