@@ -1,0 +1,127 @@
+"""Functions in several processes: their answers, and the error when one fails, dies, or is too late."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gpt3lib.processes import RankError, as_function, source_of, together
+
+
+def answer(number):
+    """What a rank sees: its number, how many there are, what all of them sum to."""
+    total = torch.tensor([number + dist.get_rank()])
+    dist.all_reduce(total)
+    return {"rank": dist.get_rank(), "n": dist.get_world_size(), "sum": total, "threads": torch.get_num_threads()}
+
+
+def early():
+    """Rank 0 is done long before rank 1, which needs it no more."""
+    number = torch.tensor([1.0])
+    dist.all_reduce(number)
+    time.sleep(dist.get_rank())
+    return number
+
+
+def wrong(how, rank, note=None):
+    """One rank goes wrong, the others wait for it."""
+    if note:
+        with open(f"{note}-{dist.get_rank()}", "w") as file:
+            file.write(str(os.getpid()))
+    if dist.get_rank() == rank:
+        if how == "raise":
+            raise ValueError("no, thanks")
+        if how == "exit":
+            os._exit(3)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hang":
+            time.sleep(60)
+        if how == "unpackable":
+            return answer
+    dist.barrier()
+    return 1
+
+
+def gone(pid):
+    """Whether a process has ended."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_answers_come_by_rank():
+    for n in (1, 2, 3):
+        answers = together(n, answer, 10)
+        assert [found["rank"] for found in answers] == [*range(n)]
+        total = sum(10 + rank for rank in range(n))
+        assert all(found["sum"] == total and found["n"] == n and found["threads"] == 1 for found in answers)
+
+
+def test_a_rank_may_be_done_early():
+    assert together(2, early) == [torch.tensor([2.0])] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how, words", [("kill", "died without an answer"), ("raise", "ValueError: no, thanks")])
+def test_the_rank_that_fails_is_named(how, words, rank):
+    with pytest.raises(RankError, match=rf"(?s)^rank {rank} .*{words}"):
+        together(2, wrong, how, rank, timeout=30)
+
+
+def test_an_exit_code_is_told():
+    with pytest.raises(RankError, match="rank 1 died without an answer, exit code 3"):
+        together(2, wrong, "exit", 1, timeout=30)
+
+
+def test_an_answer_that_cannot_be_read_is_an_error():
+    with pytest.raises(RankError, match=r"(?s)^rank 1 failed.*test_processes.answer"):
+        together(2, wrong, "unpackable", 1, timeout=30)
+
+
+def test_a_rank_that_hangs_is_named_and_no_process_stays(tmp_path):
+    before = time.monotonic()
+    with pytest.raises(RankError, match="after 3 s no answer of rank 0, 1; all ranks were ended"):
+        together(2, wrong, "hang", 1, tmp_path / "pid", timeout=3)
+    assert time.monotonic() - before < 20
+    assert all(gone(int(path.read_text())) for path in tmp_path.iterdir()) and len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_number_of_ranks_must_be_whole():
+    for n in (0, -1, 1.5, None):
+        with pytest.raises(RankError, match="n is .*; it must be a whole number, 1 or more"):
+            together(n, answer, 1)
+
+
+CELL = """
+import math
+import torch.nn.functional as F
+from gpt3lib.files import is_whole
+
+def inner(x):
+    return [math.floor(y) for y in map(F.relu, x)]
+
+def outer(x):
+    assert is_whole(3)
+    return inner(x), dist.get_rank()
+"""
+
+
+def test_a_notebooks_function_travels_as_its_source(tmp_path, monkeypatch):
+    # what inspect finds in a notebook it finds in a file: a module that calls itself __main__
+    path = tmp_path / "cell.py"
+    path.write_text(CELL)
+    space = {"__name__": "__main__", "dist": dist}
+    exec(compile(CELL, str(path), "exec"), space)
+    source = source_of(space["outer"])
+    assert [source.count(f"def {name}(") for name in ("inner", "outer")] == [1, 1]
+    assert "import math as math" in source and "import torch.nn.functional as F" in source
+    assert "from gpt3lib.files import is_whole as is_whole" in source
+    assert as_function(("inner", source))([torch.tensor(-1.5), torch.tensor(2.5)]) == [0, 2]
+    found = together(2, space["outer"], [torch.tensor(1.5)])
+    assert found == [([1], 0), ([1], 1)]
