@@ -3,20 +3,22 @@ a time."""
 
 # Made from book/g_checkpoints.ipynb by tools/export.py; edit the chapter.
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gpt3lib.files import Refusal, Stored, WeightsError, parse, scan, sha256
+from gpt3lib.files import Refusal, WeightsError, parse, scan, sha256
 
 
 class RunError(Refusal, RuntimeError):
@@ -54,19 +56,21 @@ def to_disk(path: Path) -> None:
 class Checkpoint:
     """A folder with the state of a run, read and compared with its hashes.
 
-    number: steps taken; state: what state.json holds of it. Raises RunError.
+    number: steps taken; state: what state.json holds of it. Of many files a rank of
+    several compares its share, every n_ranks-th. Raises RunError.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, rank: int = 0, n_ranks: int = 1):
         self.folder, self.number = folder, int(folder.name.split("-")[1])
         try:
             told = parse((folder / "state.json").read_text(encoding="utf-8"))
             for name in [n for n in ("state", "files", "sha256") if n not in told]:
                 raise ValueError(f"state.json has no {name!r}")
             self.state, files = told["state"], told["files"]
+            self.files = [folder / name for name in files]
             if told["sha256"] != sha256(json.dumps([self.state, files]).encode()):
                 raise ValueError("its hash is another")
-            for name, right in files.items():
+            for name, right in [*files.items()][rank::n_ranks]:
                 if sha256(folder / name) != right:
                     raise ValueError(f"the hash of {name} is another")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -76,12 +80,61 @@ class Checkpoint:
         """Raise RunError unless it is of a run that is described so."""
         check_same_run(self.folder.parent, self.state["about"], about)
 
-    def tensors(self, kind: str) -> Stored:
+    def tensors(self, kind: str) -> "Pieces":
         """The tensors of kind "model" or "optimizer", by name. Raises RunError."""
         try:
-            return Stored(scan(self.folder / f"{kind}.safetensors")[0])
-        except WeightsError as error:
+            return Pieces(self.files, memory=kind == "optimizer")
+        except (WeightsError, ValueError, TypeError, KeyError) as error:
             raise RunError(str(error)) from error
+
+
+class Pieces(Mapping):
+    """Tensors by name, each put together from the files that hold a piece of it.
+
+    memory: those of an optimizer, whose names have a slash, or else the model's. Where
+    a piece begins says its file, in the words of torch.distributed.checkpoint; without
+    them it is the whole. Raises WeightsError, ValueError.
+    """
+
+    def __init__(self, files: list[Path], memory: bool = False):
+        self.pieces: dict[str, list] = {}
+        for file in files:
+            found, told = scan(file)
+            begins = json.loads(told.get("DCP_SHARDING_INFO", "{}"))
+            for name in (name for name in found if ("/" in name) == memory):
+                shape = found[name][1]
+                first = begins[name]["saved_offsets"] if begins else [0] * len(shape)
+                place = tuple(
+                    slice(i, i + n) for i, n in zip(first, shape, strict=True)
+                )
+                self.pieces.setdefault(name, []).append((file, place))
+        for name, pieces in self.pieces.items():
+            there = sum(
+                math.prod(s.stop - s.start for s in place) for _, place in pieces
+            )
+            if there != math.prod(self.shape(name)):
+                raise ValueError(f"the pieces of {name} are not the whole")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the whole: as far as its pieces reach."""
+        places = [place for _, place in self.pieces[name]]
+        return tuple(max(s.stop for s in ends) for ends in zip(*places))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        whole = None
+        for path, place in self.pieces[name]:
+            with safe_open(path, "pt") as file:
+                piece = file.get_tensor(name)
+            if whole is None:
+                whole = piece.new_empty(self.shape(name))
+            whole[place] = piece
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pieces)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
 
 
 def check_same_run(folder: Path, old, new, name: str = "") -> None:
@@ -145,29 +198,30 @@ class Store:
 
         tensors: kind -> name -> tensor; state: what JSON can hold. Raises RunError.
         """
-        final = self.folder / f"step-{number:010}{'-kept' * kept}"
-        part = final.with_suffix(".part")
+        part = self.part(number, kept)
         try:
-            with writes(final):
+            with writes(part):
                 part.mkdir(parents=True)
-                self.fill(part, tensors, state)
-                os.replace(part, final)
-                to_disk(self.folder)
+                for kind, group in tensors.items():
+                    plain = {
+                        name: tensor.contiguous() for name, tensor in group.items()
+                    }
+                    save_file(plain, part / f"{kind}.safetensors")
+                files = {path.name: sha256(path) for path in sorted(part.iterdir())}
+                self.seal(part, state, files)
         except RunError:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        for old in self.checkpoints()[: -self.keep_last]:
-            if not old.name.endswith("-kept"):
-                gone = old.with_suffix(".gone")  # first: a kill leaves no half of it
-                os.replace(old, gone)
-                shutil.rmtree(gone, ignore_errors=True)
 
-    def fill(self, part: Path, tensors: dict, state: dict) -> None:
-        """Write the files of a checkpoint, and wait until the disk has them."""
-        for kind, group in tensors.items():
-            plain = {name: tensor.contiguous() for name, tensor in group.items()}
-            save_file(plain, part / f"{kind}.safetensors")
-        files = {path.name: sha256(path) for path in sorted(part.iterdir())}
+    def part(self, number: int, kept: bool = False) -> Path:
+        """Where the checkpoint of a step is written, before it has its name."""
+        return self.folder / f"step-{number:010}{'-kept' * kept}.part"
+
+    def seal(self, part: Path, state: dict, files: dict[str, str]) -> None:
+        """Make a checkpoint of a folder with all its files; then let old ones go.
+
+        files: name -> hash. Its name comes last, when the disk has all of it.
+        """
         told = {"sha256": sha256(json.dumps([state, files]).encode())}
         about = part / "state.json"
         text = json.dumps(told | {"state": state, "files": files}, indent=1)
@@ -176,6 +230,13 @@ class Store:
             path.chmod(about.stat().st_mode)  # safetensors lets only the owner read
             to_disk(path)
         to_disk(part)
+        os.replace(part, part.with_suffix(""))
+        to_disk(self.folder)
+        for old in self.checkpoints()[: -self.keep_last]:
+            if not old.name.endswith("-kept"):
+                gone = old.with_suffix(".gone")  # first: a kill leaves no half of it
+                os.replace(old, gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
     def keeps(self, before: int, after: int) -> bool:
         """Whether a place of keep_at lies between two readings of the clock."""
@@ -265,6 +326,38 @@ class Logs:
                 say(f"{name} is shorter than at the checkpoint; lines of it are lost")
             with writes(self.folder / name):
                 self.files[name].truncate(min(there, size))
+
+
+class Bar:
+    """A line at the terminal: how far, how fast, how long it will take."""
+
+    def __init__(self, total: int, done: int, progress: bool | None):
+        from tqdm import tqdm
+
+        off = None if progress is None else not progress  # None: if nobody looks
+        look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+        look["bar_format"] = "{l_bar}{bar}| {remaining} left, {rate_fmt}{postfix}"
+        self.bar = tqdm(total=total, initial=done, disable=off, **look)
+
+    def tell(self, row: dict) -> None:
+        """Show a row of the log."""
+        text = "loss {loss:.2f}, {bits_per_byte:.3f} bits/byte, MFU {mfu:.0%}"
+        self.bar.set_postfix_str(text.format_map(row), refresh=False)
+        self.bar.update(row["tokens"] - self.bar.n)
+
+
+class Board:
+    """TensorBoard's curves."""
+
+    def __init__(self, folder: Path, done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
+
+    def tell(self, row: dict) -> None:
+        """Add a point to each curve."""
+        for name in row.keys() - {"step", "first", "n_sequences"}:
+            self.writer.add_scalar(name, row[name], row["step"])
 
 
 class Stopping:

@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from gpt3lib.cache import generate
-from gpt3lib.checkpoints import Checkpoint, Logs, RunError, Stopping, Store, say
+from gpt3lib.checkpoints import (
+    Bar,
+    Board,
+    Checkpoint,
+    Logs,
+    RunError,
+    Stopping,
+    Store,
+    say,
+)
 from gpt3lib.files import as_float, unwrapped
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.recipe import update
@@ -193,6 +202,31 @@ def restore(store: Store, model, optimizer, about: dict) -> State | None:
     return put_back(found, model, optimizer)
 
 
+def follow(job: "Run", stopping: Stopping, on_step=None) -> str | None:
+    """Make the steps that are left. Returns who stopped it before the end, or None."""
+    job.begin()
+    stop = None
+    while not job.state.finished and not stop:
+        step = next(job.steps)
+        first = step.tokens // job.loader.n_ctx + job.state.passed
+        batches = job.batches(first, step.n_sequences)
+        loss, norm = job.learn(batches, step.rate, accept=job.calm)
+        job.advance(step)
+        job.journal.wait(step, first, loss, norm)
+        job.extras(on_step)
+        stop, kept = (
+            job.agreed(stopping.asked),
+            job.store.keeps(step.tokens, job.state.tokens),
+        )
+        number, finished = job.state.step, job.state.finished
+        due = stop or kept or finished or number % job.options.save_every == 0
+        if due or number % job.options.sync_every == 0:
+            due = job.settle() and due
+        if due:
+            job.save(kept)
+    return stop
+
+
 def run(model, optimizer, loader, store, recipe, on_step=None, **options) -> State:
     """Train by a recipe; the same call again goes on where an earlier one was cut off.
 
@@ -201,25 +235,10 @@ def run(model, optimizer, loader, store, recipe, on_step=None, **options) -> Sta
     finish the step, save and come back: then `finished` is not set. Raises RunError.
     """
     check_start(model, optimizer, on_step, options)
-    options, folder, stop = Options(**options), store.folder, None
-    with store.locked(), Stopping() as stopping, Journal(folder) as journal:
+    options = Options(**options)
+    with store.locked(), Stopping() as stopping, Journal(store.folder) as journal:
         job = Run(model, optimizer, loader, store, recipe, journal, options)
-        job.begin()
-        while not job.state.finished and not stop:
-            step = next(job.steps)
-            first = step.tokens // loader.n_ctx + job.state.passed
-            batches = job.batches(first, step.n_sequences)
-            loss, norm = job.learn(batches, step.rate, accept=job.calm)
-            job.advance(step)
-            journal.wait(step, first, loss, norm)
-            job.extras(on_step)
-            stop, kept = stopping.asked, store.keeps(step.tokens, job.state.tokens)
-            number, finished = job.state.step, job.state.finished
-            due = stop or kept or finished or number % options.save_every == 0
-            if due or number % options.sync_every == 0:
-                due = job.settle() and due
-            if due:
-                job.save(kept)
+        stop = follow(job, stopping, on_step)
     model.eval()
     if stop:
         say(f"{stop}: saved after step {job.state.step}; the same run again goes on")
@@ -331,38 +350,6 @@ class Journal(Logs):
                 show.tell(row)
 
 
-class Bar:
-    """A line at the terminal: how far, how fast, how long it will take."""
-
-    def __init__(self, total: int, done: int, progress: bool | None):
-        from tqdm import tqdm
-
-        off = None if progress is None else not progress  # None: if nobody looks
-        look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
-        look["bar_format"] = "{l_bar}{bar}| {remaining} left, {rate_fmt}{postfix}"
-        self.bar = tqdm(total=total, initial=done, disable=off, **look)
-
-    def tell(self, row: dict) -> None:
-        """Show a row of the log."""
-        text = "loss {loss:.2f}, {bits_per_byte:.3f} bits/byte, MFU {mfu:.0%}"
-        self.bar.set_postfix_str(text.format_map(row), refresh=False)
-        self.bar.update(row["tokens"] - self.bar.n)
-
-
-class Board:
-    """TensorBoard's curves."""
-
-    def __init__(self, folder: Path, done: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
-
-    def tell(self, row: dict) -> None:
-        """Add a point to each curve."""
-        for name in Journal.COLUMNS[1:]:
-            self.writer.add_scalar(name, row[name], row["step"])
-
-
 def show(journal: Journal, store, recipe, state, options) -> None:
     """Give a journal its bar, and TensorBoard where it is installed. RunError."""
     journal.shows = [Bar(recipe.n_tokens, state.tokens, options.progress)]
@@ -391,7 +378,7 @@ class Run:
 
     def begin(self) -> None:
         """Go on from the newest checkpoint, or make the first. Raises RunError."""
-        found = restore(self.store, self.model, self.optimizer, self.about)
+        found = self.restored()
         self.state = found or State()
         self.journal.begin(self.state.sizes)
         self.steps = self.recipe.steps(self.loader.n_ctx, self.state.step)
@@ -403,6 +390,14 @@ class Run:
         self.journal.bytes_per_token = self.loader.bytes_per_token
         show(self.journal, self.store, self.recipe, self.state, self.options)
         self.model.train()
+
+    def restored(self) -> State | None:
+        """Back to the newest whole checkpoint, if there is one. Raises RunError."""
+        return restore(self.store, self.model, self.optimizer, self.about)
+
+    def agreed(self, asked: str | None) -> str | None:
+        """Whether somebody asked to stop; where there are many, all must hear of it."""
+        return asked
 
     def advance(self, step) -> None:
         """Count a step that was made."""
@@ -446,12 +441,16 @@ class Run:
             if math.isfinite(loss):
                 self.state.losses = [*before, loss][-WATCHED:]
             if is_spike(loss, norm, before, self.options.spike):
-                batches = self.batches(row["first"], row["n_sequences"])
                 what = f"step {row['step']}: loss {loss:.4g}, gradient {norm:.4g}; "
-                if not self.goes_on(what + first_bad(self.model, batches)):
+                if not self.goes_on(what + self.first_bad(row)):
                     return False
             self.journal.tell(row)
         return True
+
+    def first_bad(self, row: dict) -> str:
+        """What is wrong with the step of a row, in words."""
+        batches = self.batches(row["first"], row["n_sequences"])
+        return first_bad(self.model, batches)
 
     def goes_on(self, what: str) -> bool:
         """Skip, roll back (then False) or stop with a RunError, by policy."""
@@ -470,7 +469,7 @@ class Run:
         Raises RunError after three times to the same one.
         """
         old, n_ctx = self.state, self.loader.n_ctx
-        self.state = put_back(self.store.latest(), self.model, self.optimizer)
+        self.state = self.restored()
         self.state.passed = old.passed + (old.tokens - self.state.tokens) // n_ctx
         self.state.tries = old.tries + 1
         why = f"{why}; rolled back to step {self.state.step}"

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import deadly
 from deadly import CONFIG, go, parts, remains
 from gpt3lib import checkpoints, runs
-from gpt3lib.checkpoints import Checkpoint, Logs, RunError, Stopping, Store
+from gpt3lib.checkpoints import Checkpoint, Logs, Pieces, RunError, Stopping, Store
 from gpt3lib.loading import Loader, write_tokens
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.recipe import update
@@ -582,7 +583,7 @@ def test_a_bar_shows_how_far(tmp_path, capsys):
 
 
 def test_the_bar_of_a_long_run_fits_a_terminal():
-    bar = runs.Bar(300 * 10**9, 10**9, True)
+    bar = checkpoints.Bar(300 * 10**9, 10**9, True)
     bar.tell({"tokens": 170 * 10**9, "loss": 10.1234, "bits_per_byte": 3.1234, "mfu": 0.123})
     for elapsed in (1000, 100_000):  # hours, and days that are left
         look = bar.bar.format_dict | {"ncols": 80, "elapsed": elapsed, "rate": 123_456.0}
@@ -604,6 +605,62 @@ def test_load_gives_the_newest_model(tmp_path):
     again = load(tmp_path)
     tokens = torch.arange(12)[None]
     assert torch.equal(again(tokens), model(tokens)) and again.config == CONFIG and not again.training
+
+
+# --- pieces that many ranks wrote ---
+
+
+def write_pieces(folder, pieces):
+    """Files with a piece each of a tensor "w": (offsets or None, piece). Returns them."""
+    files = []
+    for i, (offsets, piece) in enumerate(pieces):
+        told = {} if offsets is None else {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": offsets}})}
+        files.append(folder / f"{i}.safetensors")
+        save_file(
+            {"w": piece.contiguous(), f"exp_avg/{i}": torch.zeros(1)} if not told else {"w": piece.contiguous()},
+            files[-1],
+            told,
+        )
+    return files
+
+
+def test_pieces_become_the_whole_tensor(tmp_path):
+    whole = torch.arange(30.0).view(5, 6)
+    pieces = [([0, 0], whole[:2, :4]), ([2, 4], whole[2:, 4:]), ([0, 4], whole[:2, 4:]), ([2, 0], whole[2:, :4])]
+    found = Pieces(write_pieces(tmp_path, pieces))
+    assert torch.equal(found["w"], whole) and [*found] == ["w"] and len(found) == 1
+
+
+def test_whole_tensors_are_pieces_too_and_kinds_are_told_apart(tmp_path):
+    files = write_pieces(tmp_path, [(None, torch.tensor(7.0))])
+    assert Pieces(files)["w"] == 7 and [*Pieces(files, memory=True)] == ["exp_avg/0"]
+
+
+def test_a_gap_between_pieces_is_refused(tmp_path):
+    files = write_pieces(tmp_path, [([0], torch.ones(2)), ([3], torch.ones(2))])
+    with pytest.raises(ValueError, match="pieces of w are not the whole"):
+        Pieces(files)
+
+
+def test_a_checkpoint_whose_pieces_have_a_gap_is_refused(tmp_path):
+    part, store = tmp_path / "step-0000000003.part", Store(tmp_path)
+    part.mkdir()
+    files = write_pieces(part, [([0, 0], torch.ones(2, 2)), ([2, 1], torch.ones(2, 1))])
+    store.seal(part, {"about": {}}, {path.name: checkpoints.sha256(path) for path in files})
+    with pytest.raises(RunError, match="pieces of w are not the whole"):
+        store.latest().tensors("model")
+
+
+def test_each_rank_compares_a_share_of_the_hashes(tmp_path):
+    part, store = tmp_path / "step-0000000003.part", Store(tmp_path)
+    part.mkdir()
+    files = write_pieces(part, [([0], torch.ones(2)), ([2], torch.ones(2)), ([4], torch.ones(2))])
+    store.seal(part, {"about": {}}, {path.name: checkpoints.sha256(path) for path in files})
+    place = tmp_path / "step-0000000003"
+    (place / "1.safetensors").write_bytes(b"")
+    assert Checkpoint(place, 0, 2).number == 3
+    with pytest.raises(RunError, match="the hash of 1.safetensors is another"):
+        Checkpoint(place, 1, 2)
 
 
 # --- small parts ---
