@@ -2,6 +2,7 @@
 that names the rank."""
 
 # Made from book/n_processes.ipynb by tools/export.py; edit the chapter.
+import ast
 import inspect
 import io
 import multiprocessing
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable
 from datetime import timedelta
 from importlib import import_module
 from multiprocessing import connection
@@ -38,12 +39,16 @@ def starter():
     return context
 
 
-def names_in(code) -> Iterator[str]:
-    """The names that a function's code looks up, those of inner functions too."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if inspect.iscode(inner):
-            yield from names_in(inner)
+def definition_of(name: str, cells: list[str]) -> ast.stmt | None:
+    """The latest definition of a name in cells: a function, a class, a CONSTANT."""
+    for cell in reversed(cells):
+        for node in reversed(ast.parse(cell).body):
+            targets = getattr(node, "targets", []) if name.isupper() else []
+            if name in [getattr(x, "id", None) for x in targets]:
+                return node
+            if getattr(node, "name", None) == name:
+                return node
+    return None
 
 
 def import_of(name: str, thing) -> str | None:
@@ -51,35 +56,33 @@ def import_of(name: str, thing) -> str | None:
     home, own = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if inspect.ismodule(thing):
         return f"import {thing.__name__} as {name}"
-    return f"from {home} import {own} as {name}" if home and own else None
+    known = home and own and home != "__main__"
+    return f"from {home} import {own} as {name}" if known else None
 
 
-def source_of(function) -> str:
-    """The source of a notebook's function, with all that it needs of the notebook.
+def source_of(names: Iterable[str], space: dict, cells: list[str]) -> str:
+    """The source of what has these names in a notebook, and of all that it needs.
 
-    Classes and values of the notebook do not come along: give values as arguments.
+    space: the notebook's names and what they stand for. Values do not come along, but
+    CONSTANTS do: give values as arguments.
     """
-    found, todo = {}, [function]
-    while todo:
-        here = todo.pop()
-        found[here.__name__] = inspect.getsource(here)
-        for name in set(names_in(here.__code__)) - set(found):
-            thing = here.__globals__.get(name)
-            if getattr(thing, "__module__", None) != "__main__":
-                found[name] = import_of(name, thing) or ""
-            elif inspect.isfunction(thing):
-                todo.append(thing)
-    return "\n\n".join(text for text in reversed(found.values()) if text)
+    seen, parts = set(), ["from __future__ import annotations"]
 
+    def take(name: str) -> None:
+        if name in seen or name not in space:
+            return
+        seen.add(name)
+        line = import_of(name, space[name])
+        node = None if line else definition_of(name, cells)
+        for inner in ast.walk(node) if node else ():
+            if isinstance(inner, ast.Name):
+                take(inner.id)
+        if line or node:
+            parts.append(line or ast.unparse(node))
 
-def as_function(worker):
-    """The function, also of one that travelled as (name, source)."""
-    if callable(worker):
-        return worker
-    name, source = worker
-    space = {"torch": torch, "dist": dist}
-    exec(source, space)
-    return space[name]
+    for name in names:
+        take(name)
+    return "\n".join(parts)
 
 
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
@@ -113,13 +116,18 @@ def join_ranks(folder: str, rank: int, n: int, timeout: float) -> None:
     dist.init_process_group("gloo", timeout=patience, **ways)
 
 
-def one_rank(pipe, worker, arguments: tuple, *meeting) -> None:
-    """What a rank does: meet the others, work, answer, and wait to be ended."""
+def one_rank(pipe, source: str, task: bytes, *meeting) -> None:
+    """What a rank does: meet the others, work, answer, and wait to be ended.
+
+    source: what the task needs of a notebook; task: a function and its arguments.
+    """
     threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
+        exec(source, vars(sys.modules["__main__"]))
+        worker, arguments = torch.load(io.BytesIO(task), weights_only=False)  # ours
         join_ranks(*meeting)
-        packed = as_bytes((True, as_function(worker)(*arguments)))
+        packed = as_bytes((True, worker(*arguments)))
         from_bytes(packed)  # what nobody could read is an error of ours
     except BaseException:
         packed = as_bytes((False, traceback.format_exc()))
@@ -155,6 +163,15 @@ def gathered(pipes: list, processes: list, timeout: float) -> list:
     return [answers[rank] for rank in range(len(pipes))]
 
 
+def from_notebook(worker, arguments: tuple) -> str:
+    """What a task needs of a notebook, as source; nothing where there is none."""
+    main = sys.modules["__main__"]
+    if worker.__module__ != "__main__" or not hasattr(main, "In"):
+        return ""
+    names = [worker.__name__, *(type(argument).__name__ for argument in arguments)]
+    return source_of(names, vars(main), main.In)
+
+
 def together(n: int, worker, *arguments, timeout: float = 120) -> list:
     """worker(*arguments) in n new processes that can talk; their answers, by rank.
 
@@ -165,14 +182,13 @@ def together(n: int, worker, *arguments, timeout: float = 120) -> list:
     """
     n, context = RankError.unless_whole("n", n), starter()
     begin = import_module("gpt3lib.processes").one_rank  # a page's own has no address
-    if worker.__module__ == "__main__":
-        worker = (worker.__name__, source_of(worker))
+    source, task = from_notebook(worker, arguments), as_bytes((worker, arguments))
     pipes, processes = [], []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             for rank in range(n):
                 ours, theirs = context.Pipe()
-                inputs = (theirs, worker, arguments, folder, rank, n, timeout)
+                inputs = (theirs, source, task, folder, rank, n, timeout)
                 process = context.Process(target=begin, args=inputs, daemon=True)
                 process.start()
                 theirs.close()

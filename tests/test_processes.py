@@ -2,13 +2,14 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from gpt3lib.processes import RankError, as_function, source_of, together
+from gpt3lib.processes import RankError, source_of, together
 
 
 def answer(number):
@@ -98,30 +99,55 @@ def test_a_number_of_ranks_must_be_whole():
             together(n, answer, 1)
 
 
-CELL = """
+FIRST = """
 import math
 import torch.nn.functional as F
+from dataclasses import dataclass
 from gpt3lib.files import is_whole
 
-def inner(x):
-    return [math.floor(y) for y in map(F.relu, x)]
+FACTOR = 10
+small = 3
 
-def outer(x):
+class Base:
+    pass
+
+@dataclass
+class Pair(Base):
+    x: float
+
+    def larger(self) -> float:
+        return FACTOR * self.x
+
+def inner(x):
+    return 0
+"""
+SECOND = """
+def inner(pair: Pair) -> list:
+    return [math.floor(y) for y in F.relu(torch.tensor([pair.larger()]))]
+
+def outer(pair):
     assert is_whole(3)
-    return inner(x), dist.get_rank()
+    return inner(pair), dist.get_rank()
 """
 
 
-def test_a_notebooks_function_travels_as_its_source(tmp_path, monkeypatch):
-    # what inspect finds in a notebook it finds in a file: a module that calls itself __main__
-    path = tmp_path / "cell.py"
-    path.write_text(CELL)
-    space = {"__name__": "__main__", "dist": dist}
-    exec(compile(CELL, str(path), "exec"), space)
-    source = source_of(space["outer"])
-    assert [source.count(f"def {name}(") for name in ("inner", "outer")] == [1, 1]
-    assert "import math as math" in source and "import torch.nn.functional as F" in source
-    assert "from gpt3lib.files import is_whole as is_whole" in source
-    assert as_function(("inner", source))([torch.tensor(-1.5), torch.tensor(2.5)]) == [0, 2]
-    found = together(2, space["outer"], [torch.tensor(1.5)])
-    assert found == [([1], 0), ([1], 1)]
+def test_a_notebooks_function_travels_with_what_it_needs(monkeypatch):
+    main = sys.modules["__main__"]
+    space = {"__name__": "__main__", "dist": dist, "torch": torch}
+    for name in "math F dataclass is_whole FACTOR small Base Pair inner outer".split():
+        monkeypatch.setattr(main, name, None, raising=False)  # so that it is taken away again
+    for cell in (FIRST, SECOND):
+        exec(cell, space)
+    for name, thing in space.items():
+        if name not in ("__name__", "__builtins__"):
+            monkeypatch.setattr(main, name, thing, raising=False)
+    monkeypatch.setattr(main, "In", ["", FIRST, SECOND], raising=False)
+    source = source_of(["outer"], space, [FIRST, SECOND])
+    lines = source.splitlines()
+    assert "import torch.nn.functional as F" in lines and "FACTOR = 10" in lines
+    assert "from gpt3lib.files import is_whole as is_whole" in lines
+    assert source.count("def inner(") == 1 and "return 0" not in source and "small" not in source
+    assert (
+        source.index("class Base") < source.index("@dataclass") < source.index("def inner") < source.index("def outer")
+    )
+    assert together(2, main.outer, main.Pair(0.25)) == [([2], 0), ([2], 1)]
