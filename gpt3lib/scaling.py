@@ -27,11 +27,11 @@ def positive(name: str, value) -> float:
     return number
 
 
-def as_share(name: str, value) -> float:
-    """The value as a float, if it is above 0 and at most 1. Raises ScalingError."""
-    number = as_float(value)
-    words = f"{name} is {value!r}; it must be a share, above 0 and at most 1"
-    ScalingError.unless(0 < number <= 1, words)
+def as_share(name: str, value, most: str = "at most 1") -> float:
+    """The value as a float above 0 and at most, or below, 1. Raises ScalingError."""
+    number, below = as_float(value), most != "at most 1"
+    words = f"{name} is {value!r}; it must be a share, above 0 and {most}"
+    ScalingError.unless(0 < number < 1 or (number == 1 and not below), words)
     return number
 
 
@@ -42,13 +42,15 @@ def check_shape(config) -> None:
     ScalingError.unless(isinstance(config, GPTConfig), words)
 
 
-def check_points(x: Iterable, y: Iterable, least: int, floor: float = 0.0) -> tuple:
+def check_points(x: Iterable, y: Iterable, floor: float) -> tuple:
     """x and y as arrays of equally many numbers above 0. Raises ScalingError."""
-    x, y = ([*map(as_float, values)] for values in (x, y))
+    x, y = (
+        [as_float(v.item() if hasattr(v, "item") else v) for v in s] for s in (x, y)
+    )
     words = f"{len(x)} x and {len(y)} y; give one y for each x"
     ScalingError.unless(len(x) == len(y), words)
-    words = f"{len(set(x))} different x; a fit needs {least} at least"
-    ScalingError.unless(len(set(x)) >= least, words)
+    words = f"{len(set(x))} different x; a line with an interval needs 3 at least"
+    ScalingError.unless(len(set(x)) >= 3, words)
     words = "x and y must be finite numbers above 0, for their logarithms are fitted"
     ScalingError.unless(all(0 < value < math.inf for value in x + y), words)
     words = f"floor is {floor!r}; it must be from 0 to below the lowest y, {min(y):g}"
@@ -59,7 +61,7 @@ def check_points(x: Iterable, y: Iterable, least: int, floor: float = 0.0) -> tu
 def n_params(config: GPTConfig, embeddings: bool = True) -> int:
     """Parameters of a model, counted without making it; or those of its layers only.
 
-    The last norm goes with the layers.
+    The last norm goes with the layers. Raises ScalingError.
     """
     check_shape(config)
     d = config.d_model
@@ -67,14 +69,16 @@ def n_params(config: GPTConfig, embeddings: bool = True) -> int:
     return layers + embeddings * (config.vocab_size + config.n_ctx) * d
 
 
-def flops_by_convention(config: GPTConfig) -> dict[str, float]:
+def flops_by_convention(config: GPTConfig) -> dict[str, int]:
     """FLOPs to learn from one token, forward and backward, as they are counted.
 
     6N: six for each parameter ([B20] Table D.1). layers: without the embeddings
     ([K20], [B20] Fig. 3.1). dense: all matrix products, each query with n_ctx keys;
     what torch's counter counts, and most reports of MFU. actual: with those keys only
-    that the masks let through; runs.flops_per_token.
+    that the masks let through; the chapter Long runs' flops_per_token. Raises
+    ScalingError.
     """
+    check_shape(config)
     d, n_layers = config.d_model, config.n_layers
     matrices = 12 * n_layers * d**2 + config.vocab_size * d
     return {
@@ -109,8 +113,8 @@ def gpu_seconds(flops: float, peak: float, mfu: float = 1.0) -> float:
 
     Raises ScalingError.
     """
-    peak = positive("peak", peak) * as_share("mfu", mfu)
-    return positive("flops", flops) / peak
+    reached = positive("peak", peak) * as_share("mfu", mfu)
+    return positive("flops", flops) / reached
 
 
 def gpu_years(flops: float, peak: float, mfu: float = 1.0) -> float:
@@ -130,7 +134,7 @@ def training_days(flops: float, peak: float, n_gpus: int, mfu: float = 1.0) -> f
 
 
 def t_quantile(dof: int, level: float = 0.95) -> float:
-    """Student's t: this many standard errors to both sides hold `level` of the cases.
+    """Student's t: so many standard errors to both sides hold `level` of the cases.
 
     With t = √dof · tan θ its density is cos^(dof - 1) θ, which is summed here.
     """
@@ -161,16 +165,16 @@ def fit_power_law(x, y, floor: float = 0.0, level: float = 0.95) -> PowerLaw:
     The interval is the line's own: from how far the points lie off it, by Student's t.
     floor: what x cannot take away, which must be known. Raises ScalingError.
     """
-    x, y = check_points(x, y, 3, floor)
-    level = as_share("level", level)
+    level = as_share("level", level, "below 1")
+    x, y = check_points(x, y, floor)
     u, v = np.log(x), np.log(y - floor)
     du, dv = u - u.mean(), v - v.mean()
-    slope = (du * dv).sum() / (du**2).sum()
-    dof = len(x) - 2
+    slope = float((du * dv).sum() / (du**2).sum())
+    dof = len(x) - 2  # two numbers were taken from the points
     error = math.sqrt(((dv - slope * du) ** 2).sum() / dof / (du**2).sum())
     half = t_quantile(dof, level) * error
     a = math.exp(v.mean() - slope * u.mean())
-    return PowerLaw(a, float(-slope), -slope - half, -slope + half, float(floor))
+    return PowerLaw(a, -slope, -slope - half, -slope + half, float(floor))
 
 
 def frontier(points: Iterable[tuple]) -> list[tuple]:
