@@ -2,6 +2,7 @@
 they were not tried with."""
 
 # Made from book/l_torch_hooks.ipynb by tools/export.py; edit the chapter.
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -150,20 +151,26 @@ def share_sent(kind: str, n: int) -> float:
     return ways.get(kind, around)
 
 
-def storages(tree) -> Iterator[torch.UntypedStorage]:
-    """The memory behind all tensors in a nest of lists, wrappers taken off."""
+@functools.cache
+def wrappers() -> tuple[type, type]:
+    """The classes of tensors that are spread over ranks, or still on their way."""
     from torch.distributed.tensor import DTensor
 
-    on_its_way = private("AsyncCollectiveTensor")
+    return DTensor, private("AsyncCollectiveTensor")
+
+
+def bare(tree) -> Iterator[torch.Tensor]:
+    """The tensors in a nest of lists without wrappers; those on meta are left out."""
+    spread, on_its_way = wrappers()
     for tensor in private("tree_leaves")(tree):
         if not torch.is_tensor(tensor):
             continue
-        if isinstance(tensor, DTensor):
+        if isinstance(tensor, spread):
             tensor = tensor._local_tensor  # to_local() would be an operation of its own
         if isinstance(tensor, on_its_way):
             tensor = tensor.elem
         if not tensor.is_meta:
-            yield tensor.untyped_storage()
+            yield tensor
 
 
 @contextmanager
