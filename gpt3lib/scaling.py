@@ -189,7 +189,7 @@ def frontier(points: Iterable[tuple]) -> list[tuple]:
 
 @dataclass(frozen=True)
 class LossLaw:
-    """L(N, D) = e + a / N^alpha + b / D^beta, nats a token ([HF22] approach 3)."""
+    """L(N, D) = e + a / N^alpha + b / D^beta, nats a token ([H22] approach 3)."""
 
     e: float
     a: float
@@ -210,12 +210,12 @@ class LossLaw:
         return n, product / n
 
 
-HOFFMANN = LossLaw(1.69, 406.4, 0.34, 410.7, 0.28)  # as printed in [HF22]
-BESIROGLU = LossLaw(1.8172, 482.01, 0.3478, 2085.43, 0.3658)  # fitted again, [BE24]
+HOFFMANN = LossLaw(1.69, 406.4, 0.34, 410.7, 0.28)  # as printed in [H22]
+BESIROGLU = LossLaw(1.8172, 482.01, 0.3478, 2085.43, 0.3658)  # fitted again, [B24]
 
 
 def chinchilla_optimal(flops: float, ratio: float = 20.0) -> tuple[float, float]:
-    """(N, D) with 6 N D = flops and `ratio` tokens for each parameter [HF22].
+    """(N, D) with 6 N D = flops and `ratio` tokens for each parameter [H22].
 
     Raises ScalingError.
     """

@@ -28,8 +28,9 @@ from measure_shots import shipped, weights_hash
 
 PLACE = DATA / "experiments" / "scaling.json"
 N_WINDOWS, N_CTX = 32, 1024  # of each source, spread evenly; one shorter one where there is less text
-SHORT = {"gpt3-100k": (5e6, 10.9e6), "gpt3-300k": (5e6,)}  # tokens, a little more than where the long runs looked
-TRAIN = "benchmarks/on_gpu.py family --cpu --n-ctx 1024 --bandwidth 128 --batch 16 --first 8 --micro 16 --peak 1.5"
+# tokens, a little more than where the long runs looked; until then their batches had 8 or 9 sequences, too
+SHORT = [("gpt3-100k", 5e6), ("gpt3-300k", 5e6), ("gpt3-100k", 10.9e6)]
+TRAIN = "benchmarks/on_gpu.py family --cpu --n-ctx 1024 --bandwidth 128 --batch 8 --first 8 --micro 8 --peak 1.5"
 
 
 def in_windows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,16 +72,15 @@ def measure(found: dict) -> None:
 
 def train(found: dict, data: Path) -> None:
     """The short runs, by the code that trained the family, on the same shards."""
-    for name, lengths in SHORT.items():
-        for n in lengths:
-            out = data / "runs" / f"{name}-{n:g}"
-            if not (out / "gpu_family.json").exists():
-                asked = f"--problems 1 --limit 10000 --tokens {n:g} --names {name} --data {data} --out {out}".split()
-                subprocess.run([sys.executable, *TRAIN.split(), *asked], check=True)
-            (job,) = json.loads((out / "gpu_family.json").read_text())["jobs"].values()
-            tokens, last = [*job["curve"].items()][-1]
-            found["runs"].setdefault(name, {})[tokens] = last
-            save(found)
+    for name, n in SHORT:
+        out = data / "runs" / f"{name}-{n:g}"
+        if not (out / "gpu_family.json").exists():
+            asked = f"--problems 1 --limit 10000 --tokens {n:g} --names {name} --data {data} --out {out}".split()
+            subprocess.run([sys.executable, *TRAIN.split(), *asked], check=True)
+        (job,) = json.loads((out / "gpu_family.json").read_text())["jobs"].values()
+        tokens, last = [*job["curve"].items()][-1]
+        found["runs"].setdefault(name, {})[tokens] = last
+        save(found)
     found["about"]["train"] = TRAIN
 
 
