@@ -36,6 +36,7 @@ PRIVATE = {
     "FakeTensorMode": "torch._subclasses.fake_tensor",
     "ProcessGroup": "torch._C._distributed_c10d",
     "AsyncCollectiveTensor": "torch.distributed._functional_collectives",
+    "ShardingPropagator": "torch.distributed.tensor._sharding_prop",
     "TorchDispatchMode": "torch.utils._python_dispatch",
     "tree_leaves": "torch.utils._pytree",
 }
@@ -186,4 +187,14 @@ def hearing_resizes(tell) -> Iterator[None]:
         tell(storage)
 
     with mock.patch.object(torch.UntypedStorage, "resize_", resize_and_tell):
+        yield
+
+
+@contextmanager
+def while_trying_shapes(context) -> Iterator[None]:
+    """Meanwhile torch enters `context` whenever it only tries out shapes of wholes."""
+    propagator = private("ShardingPropagator")
+    words = f"torch {torch.__version__} has no ShardingPropagator._fake_mode_lock"
+    TorchError.unless(hasattr(propagator, "_fake_mode_lock"), words)
+    with mock.patch.object(propagator, "_fake_mode_lock", context):
         yield

@@ -32,6 +32,7 @@ def test_torch_still_has_the_attributes_that_have_no_module():
     asked = inspect.getsource(schedules)
     assert all(f".{name}(" in asked for name in VOTES) and "result.item() == 1" in asked, MOVED
     assert "_local_tensor" in DTensor.__slots__, MOVED
+    assert hasattr(hooks.private("ShardingPropagator"), "_fake_mode_lock"), MOVED
     assert hasattr(torch.ones(1).untyped_storage(), "_cdata") and callable(torch.UntypedStorage.resize_), MOVED
 
 
@@ -135,6 +136,35 @@ def test_resizes_are_heard_and_the_old_way_comes_back():
         x.untyped_storage().resize_(0)
         raise ZeroDivisionError
     assert told == [64, 0] and torch.UntypedStorage.resize_ is old
+
+
+@tried
+def test_torch_enters_our_context_while_it_tries_shapes_out_and_only_then():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    seen, inside = [], [False]
+
+    class Context:
+        def __enter__(self):
+            inside[0] = True
+
+        def __exit__(self, *error):
+            inside[0] = False
+
+    class Listener(hooks.private("TorchDispatchMode")):
+        def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+            if any(issubclass(kind, hooks.wrappers()) for kind in types):
+                return NotImplemented
+            shape = tuple(getattr(arguments[0], "shape", ()))
+            seen.append((operation._opname, shape, inside[0]))
+            return operation(*arguments, **(named or {}))
+
+    with hooks.fake_ranks(4):
+        mesh = init_device_mesh("cpu", (4,))
+        with hooks.fake_tensors(), hooks.while_trying_shapes(Context()), Listener():
+            DTensor.from_local(torch.ones(3, 5), mesh, [Shard(0)], run_check=False).cumsum(1)
+    assert [(shape, away) for name, shape, away in seen if name == "cumsum"] == [((12, 5), True), ((3, 5), False)]
 
 
 @tried
