@@ -28,7 +28,9 @@ from measure_shots import shipped, weights_hash
 
 PLACE = DATA / "experiments" / "scaling.json"
 N_WINDOWS, N_CTX = 32, 1024  # of each source, spread evenly; one shorter one where there is less text
-# tokens, a little more than where the long runs looked; until then their batches had 8 or 9 sequences, too
+# tokens, a little more than where the long runs looked. Until then they had the same warm-up and batches of 8 or 9
+# sequences, too: what differs is that these end, and so their learning rate falls
+WARMUP = 1.8e6
 SHORT = [("gpt3-100k", 5e6), ("gpt3-300k", 5e6), ("gpt3-100k", 10.9e6)]
 TRAIN = "benchmarks/on_gpu.py family --cpu --n-ctx 1024 --bandwidth 128 --batch 8 --first 8 --micro 8 --peak 1.5"
 
@@ -75,8 +77,9 @@ def train(found: dict, data: Path) -> None:
     for name, n in SHORT:
         out = data / "runs" / f"{name}-{n:g}"
         if not (out / "gpu_family.json").exists():
-            asked = f"--problems 1 --limit 10000 --tokens {n:g} --names {name} --data {data} --out {out}".split()
-            subprocess.run([sys.executable, *TRAIN.split(), *asked], check=True)
+            asked = f"--problems 1 --limit 10000 --tokens {n:g} --warmup {WARMUP / n:.4f} --names {name}"
+            command = [*f"{TRAIN} {asked}".split(), "--data", data, "--out", out]
+            subprocess.run([sys.executable, *map(str, command)], check=True)
         (job,) = json.loads((out / "gpu_family.json").read_text())["jobs"].values()
         tokens, last = [*job["curve"].items()][-1]
         found["runs"].setdefault(name, {})[tokens] = last
