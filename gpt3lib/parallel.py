@@ -3,10 +3,9 @@ result stays the same."""
 
 # Made from book/17_parallelism.ipynb by tools/export.py; edit the chapter.
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -49,30 +48,39 @@ RECOMPUTE = ("none", "selective", "full")
 def faults(layout: "Layout", config, n_sequences=None, n_ctx=None) -> list[str]:
     """What does not divide; n_sequences: of a batch, n_ctx: of a sequence."""
     pieces, length = layout.cp * layout.tp, n_ctx or config.n_ctx
-    stages = layout.pp * layout.chunks
-    found = {
-        f"tp={layout.tp} does not divide {config.n_heads} heads": config.n_heads
-        % layout.tp,
-        f"pp={layout.pp} with {layout.chunks} stages on each rank are more than "
-        f"{config.n_layers} layers": stages > config.n_layers,
-        f"cp·tp={pieces} does not divide a sequence of {length}": length % pieces,
-        f"dp·fsdp={layout.data} does not divide a batch of {n_sequences} sequences": (
-            n_sequences or 0
-        )
-        % layout.data,
-        f"chunks={layout.chunks} needs pp above 1": layout.chunks > 1 == layout.pp,
-    }
-    return [words for words, wrong in found.items() if wrong]
+    heads, n_layers, data = config.n_heads, config.n_layers, layout.data
+    stages = f"pp={layout.pp} with chunks={layout.chunks}"
+    rules = [
+        (heads % layout.tp, f"tp={layout.tp} does not divide {heads} heads"),
+        (length % pieces, f"cp·tp={pieces} does not divide a sequence of {length}"),
+        (
+            layout.pp * layout.chunks > n_layers,
+            f"{stages} is more than {n_layers} layers",
+        ),
+        (layout.chunks > 1 == layout.pp, f"chunks={layout.chunks} needs pp above 1"),
+    ]
+    if n_sequences is not None:
+        words = f"dp·fsdp={data} does not divide a batch of {n_sequences} sequences"
+        rules.append((n_sequences % data, words))
+    return [words for wrong, words in rules if wrong]
+
+
+def factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as a product of so many, in order."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in (n for n in range(1, number + 1) if number % n == 0):
+        for rest in factors(number // first, count - 1):
+            yield (first, *rest)
 
 
 def layouts(config, world: int, n_sequences=None, n_ctx=None) -> Iterator["Layout"]:
     """All layouts of so many ranks that a model and its batch allow."""
-    divisors = [n for n in range(1, world + 1) if world % n == 0]
-    for sizes in product(divisors, repeat=len(AXES)):
-        if math.prod(sizes) == world:
-            layout = Layout(*sizes)
-            if not faults(layout, config, n_sequences, n_ctx):
-                yield layout
+    for sizes in factors(world, len(AXES)):
+        layout = Layout(*sizes)
+        if not faults(layout, config, n_sequences, n_ctx):
+            yield layout
 
 
 def distance(a: "Layout", b: "Layout") -> float:

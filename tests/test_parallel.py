@@ -201,8 +201,8 @@ def test_bad_layouts_are_refused_with_the_nearest_that_work():
     found = {
         "tp=3 does not divide 4 heads": (Layout(tp=3), 3, {}),
         "tp=8 does not divide 4 heads": (Layout(tp=8), 8, {}),
-        "pp=8 with 1 stages on each rank are more than 4 layers": (Layout(pp=8), 8, {}),
-        "pp=2 with 3 stages on each rank are more than 4 layers": (Layout(pp=2, chunks=3), 2, {}),
+        "pp=8 with chunks=1 is more than 4 layers": (Layout(pp=8), 8, {}),
+        "pp=2 with chunks=3 is more than 4 layers": (Layout(pp=2, chunks=3), 2, {}),
         "cp·tp=3 does not divide a sequence of 32": (Layout(cp=3), 3, {}),
         "cp·tp=4 does not divide a sequence of 30": (Layout(cp=2, tp=2), 4, {"n_ctx": 30}),
         "dp·fsdp=4 does not divide a batch of 6 sequences": (Layout(dp=2, fsdp=2), 4, {"n_sequences": 6}),
