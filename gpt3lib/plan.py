@@ -1,0 +1,497 @@
+"""Whether a run fits and what it costs, before a GPU is rented: memory, messages,
+days, dollars."""
+
+# Made from book/20_planning.ipynb by tools/export.py; edit the chapter.
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from gpt3lib.files import Refusal
+from gpt3lib.model import GPTConfig
+from gpt3lib.parallel import AXES, Layout, layouts
+from gpt3lib.pipeline import cuts
+from gpt3lib.recipe import TABLE_BATCHES
+from gpt3lib.scaling import as_share, n_params, positive, training_flops
+
+
+# What is refused; the workshop at the end of this page has a table of it.
+class PlanError(Refusal, ValueError):
+    """A plan that cannot be: an unknown GPU, a batch that does not divide, no room."""
+
+
+def check_micro(layout: Layout, n_sequences: int) -> int:
+    """Micro-batches of a step on each rank. Raises PlanError for a rest."""
+    rows = layout.data * layout.micro_batch
+    words = f"{n_sequences} sequences on {layout.data} groups of ranks, of "
+    words += f"{layout.micro_batch} at a time, leave a rest"
+    right = "let dp · fsdp · micro_batch divide the batch"
+    PlanError.unless(n_sequences % rows == 0, f"{words}; {right}")
+    return n_sequences // rows
+
+
+def layer_shapes(config: GPTConfig) -> list[tuple]:
+    """(shape, dimension that tp cuts, or None) of each tensor of a layer."""
+    d, f = config.d_model, config.d_ff
+    thin = [((d,), None)] * 6  # two norms, the biases of wo and down
+    wide = [((d, d), 0), ((d,), 0)] * 3 + [((f, d), 0), ((f,), 0)]  # wq wk wv, up
+    return [*thin, *wide, ((d, d), 1), ((d, f), 1)]  # wo, down
+
+
+def end_shapes(config: GPTConfig, first: bool, last: bool) -> list[tuple]:
+    """The same of what stands before the layers and behind; the table with both."""
+    d, table = config.d_model, ((config.vocab_size, config.d_model), 0)
+    before, behind = [((config.n_ctx, d), 0)] * first, [((d,), None)] * 2 * last
+    return [table] * (first or last) + before + behind
+
+
+def numbers(shapes, tp: int = 1, shards: int = 1) -> int:
+    """How many numbers of these tensors the first of tp · shards ranks holds.
+
+    tp cuts along each tensor's own dimension, FSDP what is left along the first.
+    """
+    total = 0
+    for shape, cut in shapes:
+        size = [*shape]
+        if cut is not None:
+            size[cut] = math.ceil(size[cut] / tp)
+        size[0] = math.ceil(size[0] / shards)
+        total += math.prod(size)
+    return total
+
+
+KEPT = {
+    "full": (1, 0),
+    "selective": (9, 0),
+    "none": (14, 2),
+}  # widths cut by tp, or not
+
+
+def kept_widths(layout: Layout, kind: str, blocks: int = 0) -> float:
+    """Widths (d_model) that a token leaves in a layer for the backward pass.
+
+    blocks: of a band that is computed in blocks, as on a processor, where q, k and v
+    are padded, and k and v once more in pairs; 0 for one kernel.
+    """
+    cut, whole = KEPT[layout.recompute]
+    if layout.recompute == "selective" and layout.tp == 1:
+        whole += 1  # wo's product, which is no partial sum then
+    if layout.recompute == "none" and kind == "banded" and blocks:
+        cut += 5 - 4 / blocks
+    return cut / layout.tp + whole
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The first rank of one stage of a layout: what it has, in numbers and in bytes.
+
+    blocks: whether banded layers are computed in blocks, as on a processor, and not by
+    one kernel, as on a GPU.
+    """
+
+    config: GPTConfig
+    layout: Layout
+    stage: int = 0
+    blocks: bool = False
+
+    def __post_init__(self):
+        words = f"chunks is {self.layout.chunks}; plans are made for 1"
+        PlanError.unless(self.layout.chunks == 1, words)
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of its layers."""
+        way_out = self.config.vocab_size / (12 * self.config.d_model)
+        bounds = cuts(self.config.n_layers, self.layout.pp, way_out)
+        return self.config.kinds[slice(*bounds[self.stage])]
+
+    @property
+    def ends(self) -> tuple[bool, bool]:
+        """Whether the tokens come in here, and whether the loss is computed here."""
+        return self.stage == 0, self.stage == self.layout.pp - 1
+
+    @property
+    def gathers(self) -> bool:
+        """Whether FSDP is at work, for its shards, the replicas or bfloat16."""
+        return self.layout.data * self.layout.cp > 1 or self.layout.bf16
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in a product."""
+        return 2 if self.layout.bf16 else 4
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a micro-batch on this rank."""
+        return self.layout.micro_batch * self.config.n_ctx // self.layout.cp
+
+    def count(self, shards: int = 1, layers: bool = True, ends: bool = True) -> int:
+        """Its numbers: of its layers, of the tables and norms at the ends, or both."""
+        layer, tp = layer_shapes(self.config), self.layout.tp
+        found = len(self.kinds) * numbers(layer, tp, shards) if layers else 0
+        if ends:
+            found += numbers(end_shapes(self.config, *self.ends), tp, shards)
+        return found
+
+    @cached_property
+    def held(self) -> int:
+        """The numbers that this rank updates."""
+        return self.count(self.layout.fsdp * self.layout.cp)
+
+    @cached_property
+    def whole(self) -> int:
+        """The numbers that it computes with, gathered."""
+        return self.count()
+
+    @cached_property
+    def one_layer(self) -> int:
+        """The numbers of one layer, gathered."""
+        return numbers(layer_shapes(self.config), self.layout.tp)
+
+    def kept(self, kind: str, recompute: str | None = None) -> float:
+        """Bytes that a micro-batch leaves in a layer of this kind."""
+        layout = replace(self.layout, recompute=recompute or self.layout.recompute)
+        band = self.blocks and self.config.bandwidth < self.config.n_ctx
+        n = math.ceil(self.config.n_ctx / max(self.config.bandwidth, 32)) if band else 0
+        widths = kept_widths(layout, kind, n)
+        sums = 4 * self.config.n_heads / layout.tp  # attention's own, in float32
+        sums *= layout.recompute != "full"
+        return self.n_tokens * (self.width * self.config.d_model * widths + sums)
+
+    @cached_property
+    def activations(self) -> float:
+        """Bytes that a micro-batch leaves in all its layers."""
+        return sum(self.kept(kind) for kind in self.kinds)
+
+
+def table_surplus(rank: Rank) -> int:
+    """Numbers of the embeddings' gradient beyond its cut: torch adds it up whole."""
+    config, tp = rank.config, rank.layout.tp
+    both = (config.vocab_size + config.n_ctx) * config.d_model
+    return round(both * (1 - 1 / tp)) if rank.ends[0] else 0
+
+
+def loss_bytes(rank: Rank) -> float:
+    """What the loss needs: pieces of logits and the table's gradient, or all logits."""
+    if not rank.ends[1]:
+        return 0.0
+    config, layout, n = rank.config, rank.layout, rank.n_tokens
+    h = n * config.d_model * rank.width * (1 + 1 / layout.tp)
+    rows = math.ceil(config.vocab_size / layout.tp)
+    if layout.tp > 1:  # loss_parallel: four times all logits in float32
+        return h + 16 * n * rows
+    piece = 256 * rows * (4 + rank.width)  # see model.LossInPieces
+    return h + 4 * config.d_model * (n + rows) + piece
+
+
+def working_bytes(rank: Rank) -> float:
+    """The most that a layer's backward pass, or the loss, needs for a moment."""
+    layout = rank.layout
+    hidden = 8 / layout.tp + (layout.tp > 1)  # gradients of GELU, on both sides
+    layer = rank.n_tokens * rank.config.d_model * rank.width * hidden
+    if layout.recompute != "none":  # one layer is there whole
+        layer += max(rank.kept(kind, "none") - rank.kept(kind) for kind in rank.kinds)
+    return max(layer, loss_bytes(rank))
+
+
+def moments(rank: Rank, n_micro: int) -> dict[str, dict[str, float]]:
+    """What the rank holds at the moments at which it may be fullest, in bytes."""
+    layout, several = rank.layout, n_micro > 1
+    flight = min(n_micro, layout.pp - rank.stage)
+    base = {"parameters": 4.0 * rank.held, "optimizer": 8.0 * rank.held}
+    ends, layer = rank.count(layers=False), rank.one_layer
+    open_now = rank.whole if layout.pp > 1 else ends + 2 * layer
+    gathered = rank.width * open_now if rank.gathers else 0.0
+    summed = 4.0 * (rank.whole if several or not rank.gathers else rank.held)
+    summed += 4.0 * table_surplus(rank)
+    one, work = rank.activations, working_bytes(rank)
+    row = lambda *values: base | dict(zip(LINES[2:], values))
+    found = {"first backward": row(0.0, gathered, flight * one, work)}
+    if n_micro > flight:
+        found["middle"] = row(summed, gathered, flight * one, work)
+    new = rank.width * (layer + rank.ends[0] * ends) if rank.gathers else 0.0
+    new += rank.width * table_surplus(rank)
+    found["backward's end"] = row(summed, gathered, (flight - 1) * one, work + new)
+    whole = 4.0 * max(layer, ends) if rank.gathers else 0.0
+    found["sum over ranks"] = row(summed, gathered, 0.0, whole)
+    found["update"] = row(4.0 * rank.held, 0.0, 0.0, 0.0)
+    return found
+
+
+LINES = "parameters optimizer gradients gathered activations working".split()
+
+
+def ledger(config, layout: Layout, n_micro: int, stage=0, blocks=False) -> dict:
+    """Bytes that a rank of this stage holds at its fullest moment, line by line."""
+    found = moments(Rank(config, layout, stage, blocks), n_micro)
+    return max(found.values(), key=lambda lines: sum(lines.values()))
+
+
+def show_ledger(lines: dict) -> None:
+    """Print a ledger in GiB."""
+    for name, size in [*lines.items(), ("together", sum(lines.values()))]:
+        print(f"{name:12} {size / 2**30:6.2f} GiB")
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU as its maker sells it; price in dollars an hour is assumed."""
+
+    peak: float  # FLOP/s of matrix products in 16 bits, not sparse
+    memory: float  # GiB
+    bandwidth: float  # bytes/s of its memory
+    link: float  # bytes/s to another GPU of its machine, each way
+    watts: float
+    price: float
+    source: str
+
+
+GPUS = {
+    "v100-32gb": GPU(125e12, 32, 0.9e12, 150e9, 300, 1.50, "N17"),
+    "a100-40gb": GPU(312e12, 40, 1.555e12, 300e9, 400, 1.50, "NV20"),
+    "a100-80gb": GPU(312e12, 80, 2.039e12, 300e9, 400, 1.80, "NV20"),
+    "h100-80gb": GPU(989e12, 80, 3.35e12, 450e9, 700, 2.50, "NV22"),
+    "h200-141gb": GPU(989e12, 141, 4.8e12, 450e9, 700, 3.00, "NV24"),
+}
+
+
+def find_gpu(name: str) -> GPU:
+    """A GPU of the table. Raises PlanError."""
+    PlanError.unless(name in GPUS, f"no GPU {name!r}; there are {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def tensor_bytes(rank: Rank) -> float:
+    """Bytes that a rank sends to its tp group for a micro-batch."""
+    tp, times = rank.layout.tp, 8 + 4 * (rank.layout.recompute != "none")
+    one = rank.n_tokens * rank.config.d_model * rank.width * (tp - 1) / tp
+    ends = 2 * rank.ends[0] + 2 * rank.ends[1]
+    return one * (times * len(rank.kinds) + ends)
+
+
+def shard_bytes(rank: Rank, n_micro: int) -> float:
+    """Bytes that a rank sends for FSDP in a step: weights, then gradients."""
+    layout, n = rank.layout, rank.layout.fsdp * rank.layout.cp
+    if layout.pp > 1:
+        gathers, sums = rank.whole, rank.whole
+    else:  # each micro-batch gathers the layers twice
+        layers = rank.count(ends=False)
+        ends, sums = rank.count(layers=False), rank.whole
+        gathers = ends + 2 * n_micro * layers
+    return (rank.width * gathers + 4 * sums) * (n - 1) / n
+
+
+def sent_bytes(rank: Rank, n_micro: int) -> dict[str, float]:
+    """Bytes that a rank sends on each axis in a step; an all-reduce counts twice."""
+    layout, n = rank.layout, rank.layout.dp
+    stage = rank.n_tokens * rank.config.d_model * rank.width / layout.tp
+    ways = 2 - sum(rank.ends)
+    return {
+        "tp": n_micro * tensor_bytes(rank),
+        "shard": shard_bytes(rank, n_micro),
+        "dp": 2 * 4 * rank.held * (n - 1) / n,
+        "pp": n_micro * ways * stage,
+    }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs and what connects them; network: bytes/s of each GPU to other machines."""
+
+    gpu: GPU
+    per_node: int = 8
+    network: float = 50e9
+    efficiency: float = 0.5
+
+    def link(self, ranks: int) -> float:
+        """Bytes/s between neighbours among so many ranks that sit side by side."""
+        return self.gpu.link if ranks <= self.per_node else self.network
+
+
+def stage_flops(rank: Rank) -> float:
+    """FLOPs of a micro-batch on this rank, forward, backward and what runs again."""
+    config, layout = rank.config, rank.layout
+    d, n = config.d_model, config.n_ctx
+    layer = 6 * 12 * d**2
+    keys = {"dense": n, "banded": min(config.bandwidth, n)}
+    found = sum(layer + 12 * d * keys[kind] for kind in rank.kinds)
+    found *= 4 / 3 if layout.recompute == "full" else 1
+    found += 6 * d * config.vocab_size * rank.ends[1]
+    return found * rank.n_tokens / layout.tp
+
+
+def step_seconds(config, layout: Layout, n_micro: int, machine: Machine) -> dict:
+    """Seconds of a step, by what they go to; the slowest stage decides."""
+    ranks = [Rank(config, layout, stage) for stage in {0, layout.pp - 1}]
+    speed = machine.gpu.peak * machine.efficiency
+    fast = machine.link(layout.tp)
+    shards = layout.tp * layout.fsdp * layout.cp
+    slots = [(stage_flops(r) / speed, tensor_bytes(r) / fast) for r in ranks]
+    work, talk = max(slots, key=sum)
+    sent = sent_bytes(ranks[0], n_micro)
+    shard = sent["shard"] / machine.link(shards)
+    if layout.pp == 1:  # the next layer is gathered while this one is computed
+        shard = max(0.0, shard - n_micro * work)
+    moved = 28 * ranks[0].held  # bytes that AdamW reads and writes
+    return {
+        "products": n_micro * work,
+        "tensor parallel": n_micro * talk,
+        "bubble": (layout.pp - 1) * (work + talk),
+        "stages": sent["pp"] / machine.network,
+        "shards": shard,
+        "replicas": sent["dp"] / machine.link(shards * layout.dp),
+        "update": moved / machine.gpu.bandwidth,
+    }
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout with what it needs: bytes of the fullest rank, seconds of a step."""
+
+    layout: Layout
+    n_micro: int
+    memory: float
+    seconds: float
+
+
+def weigh(config, layout: Layout, n_sequences: int, machine: Machine) -> Proposal:
+    """What a layout needs. Raises PlanError when the batch leaves a rest."""
+    n_micro = check_micro(layout, n_sequences)
+    full = max(
+        sum(ledger(config, layout, n_micro, stage).values())
+        for stage in {0, layout.pp - 1}
+    )
+    seconds = sum(step_seconds(config, layout, n_micro, machine).values())
+    return Proposal(layout, n_micro, full, seconds)
+
+
+ROOM = 0.92  # of a GPU's memory; the rest is for NCCL, the allocator and the driver
+
+
+def candidates(config, world, n_sequences, per_node, told: dict) -> Iterator[Layout]:
+    """Layouts in bfloat16 that divide, tp inside a machine; told: fields that are set.
+
+    Without a word of cp, there is no context parallelism.
+    """
+    limits = {"cp": 1} | told
+    for found in layouts(config, world, n_sequences):
+        if any(getattr(found, axis) != n for axis, n in limits.items() if axis in AXES):
+            continue
+        if found.tp > per_node and "tp" not in told:
+            continue
+        share = n_sequences // found.data
+        for size in (told["micro_batch"],) if "micro_batch" in told else (1, 2, 4, 8):
+            if share % size == 0 and share // size >= found.pp:
+                for way in (told["recompute"],) if "recompute" in told else KEPT:
+                    ways = {"recompute": way, "micro_batch": size, "bf16": True}
+                    yield replace(found, **ways)
+
+
+def propose(config, world, n_sequences, machine: Machine, **told) -> list[Proposal]:
+    """The layouts that fit, the fastest first; told: fields of Layout that are set.
+
+    Raises PlanError when nothing divides, or nothing fits.
+    """
+    every = candidates(config, world, n_sequences, machine.per_node, told)
+    every = [weigh(config, one, n_sequences, machine) for one in every]
+    said = " ".join(f"{name}={value}" for name, value in told.items()) or "any layout"
+    words = f"{world} ranks and {n_sequences} sequences do not divide by {said}"
+    PlanError.unless(every, f"{words}; take another number of GPUs, or tell less")
+    room = ROOM * machine.gpu.memory * 2**30
+    least = min(one.memory for one in every)
+    words = f"nothing fits: the smallest layout takes {least / 2**30:.1f} GiB, and "
+    words += f"{room / 2**30:.1f} are free; take more GPUs, or larger ones"
+    PlanError.unless(least <= room, words)
+    fits = [one for one in every if one.memory <= room]
+    return sorted(fits, key=lambda one: (round(one.seconds, 2), one.memory))
+
+
+TOLD = "pp dp fsdp cp tp micro_batch recompute".split()  # of a layout
+POWER = 1.2  # of a machine's GPUs: what its processors, network and cooling add
+
+
+def batch_of(config) -> tuple[GPTConfig, int, float]:
+    """A command's model, sequences of a batch and tokens. Raises PlanError."""
+    shape = GPTConfig.from_name(config.size)
+    n_ctx = config.n_ctx or shape.n_ctx
+    shape = replace(shape, n_ctx=PlanError.unless_whole("n_ctx", n_ctx))
+    usual = TABLE_BATCHES.get(config.size, (32 * n_ctx,))[0]
+    tokens = PlanError.unless_whole("batch_tokens", config.batch_tokens or usual, n_ctx)
+    n_tokens = positive("n_tokens", config.n_tokens or 300e9)
+    return shape, tokens // n_ctx, n_tokens
+
+
+def machine_of(config) -> Machine:
+    """A command's GPUs and what connects them. Raises PlanError."""
+    gpu = find_gpu(config.gpu)
+    if config.price is not None:
+        gpu = replace(gpu, price=positive("price", config.price))
+    per_node = PlanError.unless_whole("per_node", config.per_node)
+    network = positive("network", config.network) * 1e9
+    efficiency = as_share("efficiency", config.efficiency)
+    return Machine(gpu, per_node, network, efficiency)
+
+
+def bill(one: Proposal, shape, n_sequences: int, n_tokens, n_gpus, machine) -> dict:
+    """What a run of this layout takes: MFU, days, energy, dollars."""
+    gpu, batch = machine.gpu, n_sequences * shape.n_ctx
+    seconds = n_tokens / batch * one.seconds
+    mfu = 6 * n_params(shape) * batch / (one.seconds * n_gpus * gpu.peak)
+    energy = n_gpus * gpu.watts * POWER * seconds / 3.6e9
+    dollars = n_gpus * gpu.price * seconds / 3600
+    return {"MFU": mfu, "days": seconds / 86_400, "MWh": energy, "dollars": dollars}
+
+
+def show_plan(one: Proposal, shape, machine: Machine, costs: dict) -> None:
+    """Print a layout's memory, messages, time and costs, and where each is from."""
+    layout, n_micro = one.layout, one.n_micro
+    lines = max(
+        (ledger(shape, layout, n_micro, stage) for stage in {0, layout.pp - 1}),
+        key=lambda found: sum(found.values()),
+    )
+    sent = sent_bytes(Rank(shape, layout), n_micro)
+    seconds, gpu = step_seconds(shape, layout, n_micro, machine), machine.gpu
+    sheet = f"data sheet [{gpu.source}]"
+    rows = [("memory of the fullest rank",)]
+    rows += [(name, f"{n / 2**30:.2f} GiB", "computed") for name, n in lines.items()]
+    rows += [("messages of a rank in a step",)]
+    rows += [(name, f"{n / 1e9:.2f} GB", "computed") for name, n in sent.items()]
+    rows += [("time of a step",)]
+    rows += [(name, f"{n:.2f} s", "predicted") for name, n in seconds.items()]
+    rows += [("the run",), ("FLOPs", f"{costs['FLOPs']:.2e}", "computed")]
+    looks = {"MFU": ".0%", "days": ",.1f", "MWh": ",.0f", "dollars": ",.0f"}
+    rows += [(k, format(costs[k], look), "predicted") for k, look in looks.items()]
+    rows += [("taken from elsewhere",)]
+    rows += [("peak", f"{gpu.peak / 1e12:.0f} TFLOP/s", sheet)]
+    rows += [("NVLink", f"{gpu.link / 1e9:.0f} GB/s", sheet)]
+    rows += [("power", f"{gpu.watts:.0f} W", f"{sheet}, times {POWER} assumed")]
+    rows += [("efficiency", f"{machine.efficiency:.0%}", "assumed")]
+    rows += [("network", f"{machine.network / 1e9:.0f} GB/s", "assumed")]
+    rows += [("price", f"${gpu.price:.2f} an hour", "assumed")]
+    for row in rows:
+        print(*row if len(row) == 1 else [f"  {row[0]:15} {row[1]:>14}  {row[2]}"])
+
+
+def run_plan(config) -> tuple[GPTConfig, Proposal]:
+    """What `gpt3 plan` does: prints the layouts that fit, and all about the fastest.
+
+    config: has the fields of commands.PlanConfig. Returns the model's shape and the
+    fastest layout. Raises PlanError, ConfigError.
+    """
+    shape, n_sequences, n_tokens = batch_of(config)
+    n_gpus, machine = PlanError.unless_whole("gpus", config.gpus), machine_of(config)
+    told = {name: getattr(config, name) for name in TOLD}
+    told = {name: value for name, value in told.items() if value is not None}
+    fits = propose(shape, n_gpus, n_sequences, machine, **told)
+    told = f"{config.size} on {n_gpus:,} × {config.gpu}, {n_tokens:.3g} tokens"
+    print(f"{told}, {n_sequences:,} × {shape.n_ctx:,} a step")
+    print(f"{len(fits)} layouts fit, of these the fastest:")
+    about = shape, n_sequences, n_tokens, n_gpus, machine
+    for one in fits[: PlanError.unless_whole("top", config.top)]:
+        costs, layout = bill(one, *about), one.layout
+        text = f"{layout!s:24} {layout.recompute:9} {layout.micro_batch:2} at a time"
+        text += f"  {one.memory / 2**30:5.1f} GiB  {one.seconds:6.2f} s a step"
+        print(f"  {text}  MFU {costs['MFU']:.0%}  {costs['days']:,.1f} days")
+    flops = {"FLOPs": training_flops(shape, n_tokens)}
+    show_plan(fits[0], shape, machine, bill(fits[0], *about) | flops)
+    return shape, fits[0]
