@@ -1,0 +1,228 @@
+"""The plan: shapes against the model, kept tensors against autograd, bills against the article and the paper."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from gpt3lib import GPT, GPTConfig, plan
+from gpt3lib.model import Block
+from gpt3lib.parallel import Layout
+from gpt3lib.pipeline import bubble_share
+from gpt3lib.plan import (
+    GPUS,
+    LINES,
+    Machine,
+    PlanError,
+    Rank,
+    find_gpu,
+    kept_widths,
+    layer_shapes,
+    ledger,
+    numbers,
+    propose,
+    run_plan,
+    sent_bytes,
+    step_seconds,
+    weigh,
+)
+from gpt3lib.recipe import TABLE_BATCHES
+from gpt3lib.scaling import n_params
+
+BIG = GPTConfig.from_name("gpt3-175b")
+SMALL = GPTConfig(1000, 128, 6, 64, 4, 16, bandwidth=32)
+ONE = {"micro_batch": 1, "bf16": True}
+EIGHT = Layout(pp=8, fsdp=16, tp=8, **ONE)
+H100 = Machine(GPUS["h100-80gb"])
+
+
+@pytest.mark.parametrize("name", sorted(TABLE_BATCHES))
+def test_the_shapes_are_those_of_the_model(name):
+    config = GPTConfig.from_name(name)
+    with torch.device("meta"):
+        block = Block(config)
+    assert sorted(shape for shape, _ in layer_shapes(config)) == sorted(tuple(p.shape) for p in block.parameters())
+    assert Rank(config, Layout()).held == n_params(config)
+    stages = [Rank(config, Layout(pp=4), stage).held for stage in range(4)]
+    assert sum(stages) == n_params(config) + config.vocab_size * config.d_model  # the table stands on both ends
+
+
+@pytest.mark.parametrize("shards", [1, 3, 4])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_the_first_rank_has_the_first_piece_of_each_tensor(tp, shards):
+    cuts = {"wq": 0, "wk": 0, "wv": 0, "up": 0, "wo.weight": 1, "down.weight": 1, "wte": 0, "wpe": 0}
+    wanted = 0
+    for name, p in GPT(SMALL).named_parameters():
+        cut = next((dim for part, dim in cuts.items() if part in name), None)
+        piece = p if cut is None else p.chunk(tp, cut)[0]
+        wanted += piece.chunk(shards, 0)[0].numel()
+    assert Rank(SMALL, Layout(fsdp=shards, tp=tp)).held == wanted
+    assert numbers([((7, 5), 0), ((5,), None)], tp=2, shards=3) == 2 * 5 + 2
+
+
+def saved_bytes(block: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of the storages that autograd keeps for a block's backward pass, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.numel() > 8 * x.shape[0] * x.shape[1]:  # without sums of a track
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x).sum()
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_a_dense_layer_keeps_sixteen_widths():
+    config = replace(SMALL, d_model=256, n_heads=8, d_head=32)
+    block, x = Block(config), torch.randn(2, 64, 256, requires_grad=True)
+    assert saved_bytes(block, x) / (x.numel() * 4) == kept_widths(Layout(), "dense") == 16
+    assert kept_widths(Layout(tp=8), "dense") == 14 / 8 + 2
+    assert kept_widths(Layout(recompute="full", tp=4), "banded", 9) == 0.25
+
+
+def test_a_band_in_blocks_keeps_more_and_one_kernel_does_not():
+    config = replace(SMALL, d_model=256, n_heads=8, d_head=32, n_ctx=512)
+    block, x = Block(config, "banded"), torch.randn(1, 512, 256, requires_grad=True)
+    ours = kept_widths(Layout(), "banded", 512 // 32)
+    assert saved_bytes(block, x) / (x.numel() * 4) == pytest.approx(ours, rel=0.03)
+    assert ours == 16 + 5 - 4 / 16 and kept_widths(Layout(), "banded") == 16
+
+
+def test_sixteen_bytes_for_each_parameter_and_what_pipelines_add():
+    alone = plan.moments(Rank(BIG, Layout()), 1)["update"]
+    assert sum(alone.values()) == 16 * n_params(BIG)
+    lines = ledger(BIG, EIGHT, 96)
+    assert list(lines) == LINES and all(size >= 0 for size in lines.values())
+    by_hand = 12 * 12 * BIG.d_model**2 / 8  # the stage's numbers, but for the ends
+    assert lines["parameters"] == pytest.approx(4 * by_hand / 16, rel=0.04)
+    assert lines["optimizer"] == 2 * lines["parameters"]
+    assert lines["gathered"] == pytest.approx(2 * by_hand, rel=0.04)
+    assert lines["gradients"] == pytest.approx(4 * by_hand, rel=0.25)  # the table's is not cut
+    one = 12 * 2048 * (2 * BIG.d_model * (14 / 8 + 2) + 4 * 96 / 8)
+    assert lines["activations"] == 8 * one
+    assert ledger(BIG, EIGHT, 96, stage=7)["activations"] == pytest.approx(one, rel=0.1)
+
+
+def total(layout, n_micro=8, stage=0, config=BIG):
+    return sum(ledger(config, layout, n_micro, stage).values())
+
+
+def test_memory_grows_and_shrinks_as_it_must():
+    assert total(replace(EIGHT, recompute="full")) < total(replace(EIGHT, recompute="selective")) < total(EIGHT)
+    assert total(replace(EIGHT, micro_batch=2)) > total(EIGHT)
+    assert total(replace(EIGHT, bf16=False)) > total(EIGHT)
+    assert total(replace(EIGHT, fsdp=1, dp=16)) > total(EIGHT) > total(replace(EIGHT, fsdp=32))
+    assert total(EIGHT, n_micro=96) == total(EIGHT, n_micro=9) >= total(EIGHT)
+    assert total(Layout(fsdp=8, **ONE), 1, config=SMALL) < total(Layout(fsdp=8, **ONE), 2, config=SMALL)
+
+
+def test_what_is_sent_by_hand():
+    sent, n = sent_bytes(Rank(BIG, EIGHT, 3), 96), 2048 * BIG.d_model * 2
+    assert sent["tp"] == 96 * 12 * 8 * n * 7 / 8
+    assert sent["pp"] == 96 * 2 * n / 8
+    assert sent["dp"] == 0
+    whole = Rank(BIG, EIGHT, 3).whole
+    assert sent["shard"] == 6 * whole * 15 / 16
+    doubled = sent_bytes(Rank(BIG, replace(EIGHT, dp=16, fsdp=1), 3), 96)
+    assert doubled["dp"] == 8 * whole * 15 / 16 and doubled["shard"] == 0
+    assert sent_bytes(Rank(BIG, EIGHT), 96)["pp"] == sent["pp"] / 2  # no stage before the first
+
+
+def test_time_is_work_over_speed_and_the_bubble_is_the_pipelines():
+    seconds = step_seconds(BIG, EIGHT, 96, H100)
+    dense = 48 * 12 * BIG.d_model * 2048 + 48 * 12 * BIG.d_model * 256
+    work = (6 * 96 * 12 * BIG.d_model**2 + dense) * 1536 * 2048 / 1024
+    assert seconds["products"] == pytest.approx(work / (0.5 * 989e12), rel=0.03)  # the last stage has the way out
+    busy = seconds["products"] + seconds["tensor parallel"]
+    assert seconds["bubble"] / (busy + seconds["bubble"]) == pytest.approx(bubble_share(8, 96))
+    again = step_seconds(BIG, replace(EIGHT, recompute="full"), 96, H100)
+    assert again["products"] / seconds["products"] == pytest.approx(4 / 3, rel=0.02)
+    assert again["tensor parallel"] / seconds["tensor parallel"] == pytest.approx(1.5, rel=0.02)
+    across = step_seconds(BIG, EIGHT, 96, replace(H100, per_node=4))
+    assert across["tensor parallel"] == pytest.approx(9 * seconds["tensor parallel"])
+    faster = step_seconds(BIG, EIGHT, 96, replace(H100, efficiency=1.0))
+    assert faster["products"] == seconds["products"] / 2
+
+
+def test_what_is_proposed_fits_divides_and_is_sorted():
+    found = propose(BIG, 1024, 1536, H100)
+    room = plan.ROOM * 80 * 2**30
+    for one in found:
+        assert one.layout.world == 1024 and one.memory <= room and one.layout.tp <= 8 and one.layout.cp == 1
+        assert one.n_micro * one.layout.micro_batch * one.layout.data == 1536 and one.n_micro >= one.layout.pp
+    assert [one.seconds for one in found] == pytest.approx(sorted(one.seconds for one in found), abs=0.02)
+    first = found[0]
+    assert first == weigh(BIG, first.layout, 1536, H100) and len({one.layout for one in found}) == len(found)
+    told = propose(BIG, 1024, 1536, H100, pp=16, recompute="full", micro_batch=2)
+    assert {(one.layout.pp, one.layout.recompute, one.layout.micro_batch) for one in told} == {(16, "full", 2)}
+    assert all(one in found for one in told)
+    assert propose(BIG, 1024, 1536, H100, tp=16)[0].layout.tp == 16  # who says so gets it
+
+
+def command(size="gpt3-175b", **told):
+    empty = dict.fromkeys("n_tokens batch_tokens n_ctx pp dp fsdp cp tp micro_batch recompute price".split())
+    usual = {"gpus": 1024, "gpu": "h100-80gb", "per_node": 8, "network": 50, "efficiency": 0.5, "top": 3}
+    return SimpleNamespace(size=size, **empty | usual | told)
+
+
+def test_the_command_marks_each_number(capsys):
+    shape, best = run_plan(command())
+    assert shape == BIG and best == propose(BIG, 1024, 1536, H100)[0]
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines() if line.startswith("  ") and "at a time" not in line]
+    marks = ("computed", "predicted", "assumed", "data sheet [NV22]")
+    assert len(rows) > 20 and all(any(mark in " ".join(row) for mark in marks) for row in rows)
+    named = {row[0]: " ".join(row[1:]) for row in rows}
+    assert named["parameters"].endswith("computed") and named["days"].endswith("predicted")
+    assert named["FLOPs"].startswith("3.14e+23") and named["price"] == "$2.50 an hour assumed"
+    days = float(named["days"].split()[0])
+    assert float(named["dollars"].split()[0].replace(",", "")) == pytest.approx(1024 * 24 * 2.5 * days, rel=0.02)
+    assert float(named["MWh"].split()[0].replace(",", "")) == pytest.approx(1024 * 0.84 * 24 * days / 1000, rel=0.02)
+
+
+def test_the_command_hears_what_it_is_told(capsys):
+    few = command("gpt3-1.3b", gpus=8, n_tokens=1e9, batch_tokens=64 * 2048, tp=2, price=1.0, gpu="a100-80gb", top=1)
+    shape, best = run_plan(few)
+    text = capsys.readouterr().out
+    assert best.layout.tp == 2 and "64 × 2,048 a step" in text and "$1.00 an hour" in text and "[NV20]" in text
+    longer, _ = run_plan(command("gpt3-100k", gpus=1, n_ctx=512))
+    assert longer.n_ctx == 512 and "32 × 512 a step" in capsys.readouterr().out
+
+
+BAD = {
+    "batch_tokens": ({"batch_tokens": 100}, "batch_tokens is 100; it must be a whole number, 2048 or more"),
+    "efficiency": ({"efficiency": 50}, "efficiency is 50; it must be a share"),
+    "gpu": ({"gpu": "h100"}, "no GPU 'h100'; there are v100-32gb, a100"),
+    "gpus": ({"gpus": 0}, "gpus is 0; it must be a whole number, 1 or more"),
+    "n_tokens": ({"n_tokens": -1}, "n_tokens is -1; it must be a number above 0"),
+    "network": ({"network": 0.0}, "network is 0.0; it must be a number above 0"),
+    "nothing divides": ({"gpus": 7}, "nothing fits|do not divide by any layout"),
+    "price": ({"price": math.inf}, "price is inf; it must be a number above 0"),
+    "room": ({"gpus": 16}, "nothing fits: the smallest layout takes .* GiB, and 73.6 are free; take more GPUs"),
+    "size": ({"size": "gpt4"}, "no model is called 'gpt4'"),
+    "top": ({"top": 0}, "top is 0; it must be a whole number, 1 or more"),
+    "tp": ({"tp": 5}, "1024 ranks and 1536 sequences do not divide by tp=5"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_what_cannot_be_planned_is_told_at_once(name):
+    told, words = BAD[name]
+    with pytest.raises(ValueError, match=words):
+        run_plan(command(**told))
+
+
+def test_other_wrong_questions():
+    with pytest.raises(PlanError, match="chunks is 2; plans are made for 1"):
+        ledger(BIG, replace(EIGHT, chunks=2), 96)
+    with pytest.raises(PlanError, match="1535 sequences on 16 groups of ranks, of 1 at a time, leave a rest"):
+        weigh(BIG, EIGHT, 1535, H100)
+    with pytest.raises(PlanError, match="no GPU"):
+        find_gpu("cray-1")
