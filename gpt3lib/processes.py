@@ -5,6 +5,7 @@ that names the rank."""
 import ast
 import inspect
 import io
+import linecache
 import multiprocessing
 import os
 import sys
@@ -37,6 +38,22 @@ def starter():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"torch.distributed.{name}" for name in PRELOAD])
     return context
+
+
+def cells_run() -> list[str]:
+    """The sources of a notebook's cells, as Python keeps them for its tracebacks."""
+    kept = linecache.cache.items()
+    marks = ("ipykernel_", "<ipython-input")
+    cells = [entry for name, entry in kept if any(mark in name for mark in marks)]
+    return ["".join(entry[2]) for entry in cells if len(entry) == 4]
+
+
+def own_cell(thing) -> list[str]:
+    """The cell that a function, or a class with one, comes from; none for the others."""
+    parts = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
+    names = [part.__code__.co_filename for part in parts if inspect.isfunction(part)]
+    found = ["".join(linecache.getlines(name)) for name in names]
+    return [text for text in found if text][:1]
 
 
 def definition_of(name: str, cells: list[str]) -> ast.stmt | None:
@@ -73,7 +90,8 @@ def source_of(names: Iterable[str], space: dict, cells: list[str]) -> str:
             return
         seen.add(name)
         line = import_of(name, space[name])
-        node = None if line else definition_of(name, cells)
+        places = [*cells, *own_cell(space[name])]
+        node = None if line else definition_of(name, places)
         for inner in ast.walk(node) if node else ():
             if isinstance(inner, ast.Name):
                 take(inner.id)
@@ -164,12 +182,12 @@ def gathered(pipes: list, processes: list, timeout: float) -> list:
 
 
 def from_notebook(worker, arguments: tuple) -> str:
-    """What a task needs of a notebook, as source; nothing where there is none."""
+    """What a task needs of a notebook, as source; nothing for a module's function."""
     main = sys.modules["__main__"]
-    if worker.__module__ != "__main__" or not hasattr(main, "In"):
+    if worker.__module__ != "__main__":
         return ""
     names = [worker.__name__, *(type(argument).__name__ for argument in arguments)]
-    return source_of(names, vars(main), main.In)
+    return source_of(names, vars(main), cells_run())
 
 
 def together(n: int, worker, *arguments, timeout: float = 120) -> list:

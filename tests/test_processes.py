@@ -1,5 +1,6 @@
 """Functions in several processes: their answers, and the error when one fails, dies, or is too late."""
 
+import linecache
 import os
 import signal
 import sys
@@ -141,7 +142,9 @@ def test_a_notebooks_function_travels_with_what_it_needs(monkeypatch):
     for name, thing in space.items():
         if name not in ("__name__", "__builtins__"):
             monkeypatch.setattr(main, name, thing, raising=False)
-    monkeypatch.setattr(main, "In", ["", FIRST, SECOND], raising=False)
+    for i, cell in enumerate((FIRST, SECOND)):
+        entry = (len(cell), None, cell.splitlines(keepends=True), f"/ipykernel_1/{i}.py")
+        monkeypatch.setitem(linecache.cache, f"/ipykernel_1/{i}.py", entry)
     source = source_of(["outer"], space, [FIRST, SECOND])
     lines = source.splitlines()
     assert "import torch.nn.functional as F" in lines and "FACTOR = 10" in lines
@@ -151,3 +154,13 @@ def test_a_notebooks_function_travels_with_what_it_needs(monkeypatch):
         source.index("class Base") < source.index("@dataclass") < source.index("def inner") < source.index("def outer")
     )
     assert together(2, main.outer, main.Pair(0.25)) == [([2], 0), ([2], 1)]
+
+
+def test_a_function_that_was_run_again_is_the_one_that_travels(monkeypatch):
+    old, new = "def f():\n    return 1\n", "def f():\n    return 2\n"
+    space = {"__name__": "__main__"}
+    for i, cell in enumerate((old, new, old)):  # the first cell is run a third time, and its place stays
+        name = f"/ipykernel_1/{i % 2}.py"
+        monkeypatch.setitem(linecache.cache, name, (len(cell), None, cell.splitlines(keepends=True), name))
+        exec(compile(cell, name, "exec"), space)
+    assert "return 1" in source_of(["f"], space, [old, new])
