@@ -49,7 +49,7 @@ def cells_run() -> list[str]:
 
 
 def own_cell(thing) -> list[str]:
-    """The cell that a function, or a class with one, comes from; none for the others."""
+    """The cell that a function, or a class with one, comes from; none for others."""
     parts = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
     names = [part.__code__.co_filename for part in parts if inspect.isfunction(part)]
     found = ["".join(linecache.getlines(name)) for name in names]
@@ -155,14 +155,19 @@ def one_rank(pipe, source: str, task: bytes, *meeting) -> None:
     os._exit(0)  # at once: threads of gloo may still hold tensors
 
 
-def answer_of(pipe, process, rank: int):
+def answer_of(rank: int, pipes: list, processes: list):
     """What one rank answered. Raises RankError for an error, or for nothing."""
     try:
-        fine, answer = from_bytes(pipe.recv_bytes())
+        (fine, answer), patience = from_bytes(pipes[rank].recv_bytes()), 0.3
     except (EOFError, ConnectionError):
-        process.join(5)
-        words = f"rank {rank} died without an answer, exit code {process.exitcode}"
-        raise RankError(words) from None
+        fine, answer, patience = False, "", 5
+    ends = [process.sentinel for process in processes]
+    # a death breaks connections, so that others fail: the one that died is at fault
+    for end in [] if fine else connection.wait(ends, patience):
+        dead = ends.index(end)
+        processes[dead].join()
+        words = f"rank {dead} died without an answer, exit code"
+        raise RankError(f"{words} {processes[dead].exitcode}")
     RankError.unless(fine, f"rank {rank} failed:\n{answer}")
     return answer
 
@@ -177,7 +182,7 @@ def gathered(pipes: list, processes: list, timeout: float) -> list:
         words = f"after {timeout:g} s no answer of rank {', '.join(map(str, late))}"
         RankError.unless(ready, f"{words}; all ranks were ended")
         for rank in [rank for rank in late if pipes[rank] in ready]:
-            answers[rank] = answer_of(pipes[rank], processes[rank], rank)
+            answers[rank] = answer_of(rank, pipes, processes)
     return [answers[rank] for rank in range(len(pipes))]
 
 
