@@ -49,14 +49,13 @@ def faults(layout: "Layout", config, n_sequences=None, n_ctx=None) -> list[str]:
     """What does not divide; n_sequences: of a batch, n_ctx: of a sequence."""
     pieces, length = layout.cp * layout.tp, n_ctx or config.n_ctx
     heads, n_layers, data = config.n_heads, config.n_layers, layout.data
-    stages = f"pp={layout.pp} with chunks={layout.chunks}"
+    n_stages = layout.pp * layout.chunks
+    stages = f"pp={layout.pp}" + f" · chunks={layout.chunks}" * (layout.chunks > 1)
+    few = f"{stages} needs {n_stages} layers at least; the model has {n_layers}"
     rules = [
         (heads % layout.tp, f"tp={layout.tp} does not divide {heads} heads"),
         (length % pieces, f"cp·tp={pieces} does not divide a sequence of {length}"),
-        (
-            layout.pp * layout.chunks > n_layers,
-            f"{stages} is more than {n_layers} layers",
-        ),
+        (n_stages > n_layers, few),
         (layout.chunks > 1 == layout.pp, f"chunks={layout.chunks} needs pp above 1"),
     ]
     if n_sequences is not None:
@@ -295,7 +294,7 @@ def shift(x: torch.Tensor, mesh, way: int) -> torch.Tensor:
 
     The rank at the end, which receives nothing, has zeros.
     """
-    group, here, got, messages = mesh.get_group(), mesh.get_local_rank(), None, []
+    group, here, messages = mesh.get_group(), mesh.get_local_rank(), []
     got, there = torch.zeros_like(x), partial(dist.get_global_rank, group)
     if 0 <= here + way < mesh.size():
         messages.append(dist.P2POp(dist.isend, x, there(here + way), group))
