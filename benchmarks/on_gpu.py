@@ -5,6 +5,7 @@ python benchmarks/on_gpu.py check band --out DIR      these parts; DIR/gpu_check
 python benchmarks/on_gpu.py family --data DIR --names gpt3-100k gpt3-1m:dense --tokens 100e6
 python benchmarks/on_gpu.py speed --data DIR          how fast each size of the family learns, and whether to compile
 python benchmarks/on_gpu.py tune --data DIR DIR …     the two smallest sizes on each folder of shards, all at once
+python benchmarks/on_gpu.py parallel                  many ranks' engine on one: NCCL, memory beside the plan, MFU
 python benchmarks/on_gpu.py check --cpu               the same code on tiny sizes, on a processor
 
 Every part is a few jobs, each a process of its own, some side by side. A part that is not done at its limit is
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import on_gpu_check as checking
 import on_gpu_family as family
+import on_gpu_parallel as together
 import on_gpu_parts as parts
 from gpt3lib.files import write_beside
 from gpt3lib.texts import DATA
@@ -57,8 +59,9 @@ PARTS = {
     "race": Part(parts.race_labels, parts.race_part, 50),
     "speed": Part(family.speed_labels, family.speed, 120),
     "tune": Part(family.tune_labels, family.train_one, 150, at_once=0),
+    "parallel": Part(together.parallel_labels, together.parallel, 240),
 }
-BY_DEFAULT = [name for name in PARTS if name not in ("speed", "tune")]
+BY_DEFAULT = [name for name in PARTS if name not in ("speed", "tune", "parallel")]
 
 
 # ---- processes, and their end ----
