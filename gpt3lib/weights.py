@@ -60,7 +60,7 @@ MUSTS = {
 }
 
 
-def check_raw(layout: "Layout", raw: dict) -> None:
+def check_raw(layout: "FileForm", raw: dict) -> None:
     """Raise ConfigError if a config.json tells of a model that our GPT cannot be."""
     for name, (right, why) in MUSTS.items():
         if raw.get(name, right) != right:
@@ -106,7 +106,7 @@ ln_f            ln_f           ln_f                       final_layer_norm
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileForm:
     """How one family of models stands on disk; LAYOUTS has it under its model_type.
 
     column: of NAMES and FIELDS; layers: what # begins with; prefixes: what may stand
@@ -131,7 +131,7 @@ class Layout:
 
 
 LAYOUTS = {}
-LAYOUTS["gpt2"] = Layout(
+LAYOUTS["gpt2"] = FileForm(
     "GPT2LMHeadModel",
     column=1,
     prefixes=("transformer.", ""),
@@ -141,7 +141,7 @@ LAYOUTS["gpt2"] = Layout(
 )
 
 
-def pairs(layout: Layout, n_layers: int, names) -> dict[str, list[str]]:
+def pairs(layout: FileForm, n_layers: int, names) -> dict[str, list[str]]:
     """Their names, without prefix, each with ours for it: three for c_attn.
 
     names: those that our model has, since GPT-Neo has no biases of q, k and v.
@@ -157,12 +157,12 @@ def pairs(layout: Layout, n_layers: int, names) -> dict[str, list[str]]:
     return found
 
 
-def turn(layout: Layout, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def turn(layout: FileForm, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """(in, out) -> (out, in) or back, if this layout stores this matrix turned."""
     return tensor.T if name.endswith(layout.turned) else tensor
 
 
-def to_theirs(layout: Layout, n_layers: int, ours: dict) -> dict[str, torch.Tensor]:
+def to_theirs(layout: FileForm, n_layers: int, ours: dict) -> dict[str, torch.Tensor]:
     """Our tensors under their names, without prefix, as they are stored."""
     theirs = {}
     for name, own in pairs(layout, n_layers, ours).items():
@@ -172,7 +172,7 @@ def to_theirs(layout: Layout, n_layers: int, ours: dict) -> dict[str, torch.Tens
     return theirs
 
 
-def to_ours(layout: Layout, n_layers: int, names, theirs, dtype=None) -> dict:
+def to_ours(layout: FileForm, n_layers: int, names, theirs, dtype=None) -> dict:
     """Their tensors, without prefix, under our names; dtype None keeps their type."""
     ours = {}
     for name, own in pairs(layout, n_layers, names).items():
@@ -181,7 +181,7 @@ def to_ours(layout: Layout, n_layers: int, names, theirs, dtype=None) -> dict:
     return ours
 
 
-LAYOUTS["gpt_neo"] = Layout(
+LAYOUTS["gpt_neo"] = FileForm(
     "GPTNeoForCausalLM",
     column=2,
     prefixes=("transformer.", ""),
@@ -232,7 +232,7 @@ class OtherGPT(GPT):
         initialise(self, config.n_layers, seed)
 
 
-LAYOUTS["opt"] = Layout(
+LAYOUTS["opt"] = FileForm(
     "OPTForCausalLM",
     column=3,
     layers="layers",
@@ -296,7 +296,7 @@ def make_config(given: dict) -> GPTConfig:
     return OtherConfig(**given) if given.keys() & EXTRA else GPTConfig(**given)
 
 
-def config_from(layout: Layout, raw: dict) -> GPTConfig:
+def config_from(layout: FileForm, raw: dict) -> GPTConfig:
     """Their config.json as our config. Raises ValueError for what our GPT is not."""
     check_raw(layout, raw)
     words = layout.words(FIELDS)
@@ -311,11 +311,11 @@ def config_from(layout: Layout, raw: dict) -> GPTConfig:
     return make_config(given | layout.fixed)
 
 
-LAYOUTS["gpt3lib"] = Layout("GPT", column=0, layers="blocks", fixed={}, banded=True)
+LAYOUTS["gpt3lib"] = FileForm("GPT", column=0, layers="blocks", fixed={}, banded=True)
 
 
 def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig, dict]:
-    """Layout, config and extras, from the tensors' metadata, else from config.json.
+    """FileForm, config and extras, from the tensors' metadata, else from config.json.
 
     Raises WeightsError.
     """
@@ -344,7 +344,7 @@ def find_config(folder: Path, about: dict) -> tuple[str, GPTConfig, dict]:
         raise WeightsError(f"{source}: {error}") from error
 
 
-def extras(layout: Layout, raw: dict) -> dict:
+def extras(layout: FileForm, raw: dict) -> dict:
     """What stays of a config.json though our config has no word for it: ids, dropout.
 
     read_pretrained hangs it on the model as `extras`, for write_pretrained.
@@ -353,7 +353,7 @@ def extras(layout: Layout, raw: dict) -> dict:
     return {word: raw[word] for word in [*kept, *layout.dropouts] if word in raw}
 
 
-def find_tensors(folder: Path, layout: Layout, found: dict, wanted: dict) -> Stored:
+def find_tensors(folder: Path, layout: FileForm, found: dict, wanted: dict) -> Stored:
     """The wanted tensors of a folder, without prefix, to be read. Raises WeightsError.
 
     found: what scan_folder finds; wanted: name -> the right shape.
