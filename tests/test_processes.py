@@ -3,8 +3,10 @@
 import linecache
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,12 +51,13 @@ def wrong(how, rank, note=None):
 
 
 def gone(pid):
-    """Whether a process has ended."""
+    """Whether a process has ended; one that nobody has asked about since is a zombie, Z."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    return False
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_answers_come_by_rank():
@@ -92,6 +95,25 @@ def test_a_rank_that_hangs_is_named_and_no_process_stays(tmp_path):
         together(2, wrong, "hang", 1, tmp_path / "pid", timeout=3)
     assert time.monotonic() - before < 20
     assert all(gone(int(path.read_text())) for path in tmp_path.iterdir()) and len([*tmp_path.iterdir()]) == 2
+
+
+def test_ranks_leave_with_the_process_that_started_them(tmp_path):
+    start = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes as t; "
+    start += f"t.together(2, t.wrong, 'hang', 0, {str(tmp_path / 'pid')!r}, timeout=60)"
+    parent = subprocess.Popen([sys.executable, "-c", start])
+    try:
+        end = time.monotonic() + 60
+        while len([path for path in tmp_path.iterdir() if path.read_text()]) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+        ranks = [int(path.read_text()) for path in tmp_path.iterdir()]
+        assert len(ranks) == 2 and not any(map(gone, ranks))
+    finally:
+        parent.kill()
+        parent.wait()
+    end = time.monotonic() + 20
+    while not all(map(gone, ranks)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert all(map(gone, ranks))
 
 
 def test_a_number_of_ranks_must_be_whole():
