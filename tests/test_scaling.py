@@ -354,6 +354,19 @@ def test_stored_losses_are_of_the_models_that_are_shipped():
             assert np.mean(losses) == pytest.approx(models[name]["held_out"][source], rel=0.02)
 
 
+def test_stored_runs_end_where_a_long_run_was_looked_at():
+    runs = json.loads((DATA / "experiments" / "scaling.json").read_text())["runs"]
+    jobs = json.loads((DATA / "experiments" / "gpu_family.json").read_text())["jobs"]
+    asked = [(name, n) for name, n in measure_scaling.SHORT]
+    found = [(name, int(n)) for name in runs for n in runs[name]]
+    assert [name for name, _ in found] == [name for name, _ in asked]
+    for (name, n), (_, wanted) in zip(found, asked):
+        assert n == pytest.approx(wanted, rel=0.01)
+        curve = jobs[f"{name}@1.5"]["curve"]
+        assert min(abs(int(tokens) / n - 1) for tokens in curve) < 0.015
+        assert runs[name][str(n)].keys() == next(iter(curve.values())).keys()
+
+
 def test_the_tool_measures_each_window(monkeypatch):
     dice = torch.Generator().manual_seed(0)
     text = torch.randint(90, (300,), generator=dice)

@@ -1,7 +1,7 @@
 """What the chapter Scaling laws fits: how well every shipped size knows text that none of them has read.
 
 python tools/measure_scaling.py              writes data/experiments/scaling.json; about ten minutes on one free core
-python tools/measure_scaling.py --runs DATA  adds short runs that reach their own end; twenty minutes on one free core
+python tools/measure_scaling.py --runs DATA  adds a short run that reaches its own end; ten minutes more
 
 Each window of 1,024 held-out tokens has its loss stored, so that a fit can be made again with other windows. DATA are
 the shards that the sizes were trained on (`benchmarks/on_gpu_data.py`); a run that is in DATA/runs already is not made
@@ -28,10 +28,10 @@ from measure_shots import shipped, weights_hash
 
 PLACE = DATA / "experiments" / "scaling.json"
 N_WINDOWS, N_CTX = 32, 1024  # of each source, spread evenly; one shorter one where there is less text
-# tokens, a little more than where the long runs looked. Until then they had the same warm-up and batches of 8 or 9
-# sequences, too: what differs is that these end, and so their learning rate falls
+# tokens, a little more than where the long run was looked at. Until then it had the same warm-up and batches of 8
+# sequences, too: what differs is that this one ends, and so its learning rate falls
 WARMUP = 1.8e6
-SHORT = [("gpt3-100k", 5e6), ("gpt3-100k", 10.9e6)]
+SHORT = [("gpt3-100k", 5e6)]
 TRAIN = "benchmarks/on_gpu.py family --cpu --n-ctx 1024 --bandwidth 128 --batch 8 --first 8 --micro 8 --peak 1.5"
 
 
