@@ -56,7 +56,10 @@ def test_the_suite_has_every_pair_of_switches_with_two_or_more_mixes():
 @pytest.mark.parametrize("n", [*MIXES])
 def test_every_mix_is_equal_to_one_process(n):
     asked = cases(n)
-    answers = together(n, ranks.train_all, asked, timeout=3000 if ranks.WHOLE_GRID else 500)
+    answers = [[] for _ in range(n)]
+    for start in range(0, len(asked), 12):  # every layout opens connections, and a process has only so many
+        for answer, more in zip(answers, together(n, ranks.train_all, asked[start : start + 12], timeout=500)):
+            answer += more
     n_params = GPT(asked[0][1]).num_params()
     for rank, answer in enumerate(answers):
         for (layout, shape, _), far in zip(asked, answer):
