@@ -203,7 +203,8 @@ def moments(rank: Rank, n_micro: int) -> dict[str, dict[str, float]]:
     open_now = rank.whole if layout.pp > 1 else ends + 2 * layer
     gathered = rank.width * open_now if rank.gathers else 0.0
     summed = 4.0 * (rank.whole if several or not rank.gathers else rank.held)
-    summed += 4.0 * table_surplus(rank)
+    # with the way out on the same rank torch cuts the sum of both gradients
+    summed += 4.0 * table_surplus(rank) * (layout.pp > 1)
     one, work = rank.activations, working_bytes(rank)
     row = lambda *values: base | dict(zip(LINES[2:], values))
     found = {"first backward": row(0.0, gathered, flight * one, work)}
@@ -263,7 +264,7 @@ def find_gpu(name: str) -> GPU:
 
 def tensor_bytes(rank: Rank) -> float:
     """Bytes that a rank sends to its tp group for a micro-batch."""
-    tp, times = rank.layout.tp, 8 + 4 * (rank.layout.recompute != "none")
+    tp, times = rank.layout.tp, 8 + 3 * (rank.layout.recompute != "none")
     one = rank.n_tokens * rank.config.d_model * rank.width * (tp - 1) / tp
     ends = 2 * rank.ends[0] + 2 * rank.ends[1]
     return one * (times * len(rank.kinds) + ends)
@@ -277,7 +278,7 @@ def shard_bytes(rank: Rank, n_micro: int) -> float:
     else:  # each micro-batch gathers the layers twice
         layers = rank.count(ends=False)
         ends, sums = rank.count(layers=False), rank.whole
-        gathers = ends + 2 * n_micro * layers
+        gathers = n_micro * (ends + 2 * layers)
     return (rank.width * gathers + 4 * sums) * (n - 1) / n
 
 
@@ -285,12 +286,15 @@ def sent_bytes(rank: Rank, n_micro: int) -> dict[str, float]:
     """Bytes that a rank sends on each axis in a step; an all-reduce counts twice."""
     layout, n = rank.layout, rank.layout.dp
     stage = rank.n_tokens * rank.config.d_model * rank.width / layout.tp
+    shards = layout.fsdp * layout.cp
+    table = numbers(end_shapes(rank.config, *rank.ends)[:1], layout.tp, shards)
+    table *= layout.pp > 1  # both ends have it, and swap its gradient
     ways = 2 - sum(rank.ends)
     return {
         "tp": n_micro * tensor_bytes(rank),
         "shard": shard_bytes(rank, n_micro),
         "dp": 2 * 4 * rank.held * (n - 1) / n,
-        "pp": n_micro * ways * stage,
+        "pp": n_micro * ways * stage + 4 * table,
     }
 
 
@@ -315,7 +319,7 @@ def stage_flops(rank: Rank) -> float:
     layer = 6 * 12 * d**2
     keys = {"dense": n, "banded": min(config.bandwidth, n)}
     found = sum(layer + 12 * d * keys[kind] for kind in rank.kinds)
-    found *= 4 / 3 if layout.recompute == "full" else 1
+    found *= 11 / 9 if layout.recompute == "full" else 1  # forward again, but for down
     found += 6 * d * config.vocab_size * rank.ends[1]
     return found * rank.n_tokens / layout.tp
 
@@ -388,10 +392,7 @@ def candidates(config, world, n_sequences, per_node, told: dict) -> Iterator[Lay
 
 
 def propose(config, world, n_sequences, machine: Machine, **told) -> list[Proposal]:
-    """The layouts that fit, the fastest first; told: fields of Layout that are set.
-
-    Raises PlanError when nothing divides, or nothing fits.
-    """
+    """The layouts that fit, the fastest first; told: what is set. Raises PlanError."""
     every = candidates(config, world, n_sequences, machine.per_node, told)
     every = [weigh(config, one, n_sequences, machine) for one in every]
     said = " ".join(f"{name}={value}" for name, value in told.items()) or "any layout"

@@ -132,7 +132,8 @@ def test_what_is_sent_by_hand():
     assert sent["shard"] == 6 * whole * 15 / 16
     doubled = sent_bytes(Rank(BIG, replace(EIGHT, dp=16, fsdp=1), 3), 96)
     assert doubled["dp"] == 8 * whole * 15 / 16 and doubled["shard"] == 0
-    assert sent_bytes(Rank(BIG, EIGHT), 96)["pp"] == sent["pp"] / 2  # no stage before the first
+    table = 4 * 6283 * BIG.d_model / 16  # the ends swap its gradient; 393 rows of 6,283 on the first shard
+    assert sent_bytes(Rank(BIG, EIGHT), 96)["pp"] == pytest.approx(sent["pp"] / 2 + table, rel=0.001)
 
 
 def test_time_is_work_over_speed_and_the_bubble_is_the_pipelines():
@@ -143,8 +144,8 @@ def test_time_is_work_over_speed_and_the_bubble_is_the_pipelines():
     busy = seconds["products"] + seconds["tensor parallel"]
     assert seconds["bubble"] / (busy + seconds["bubble"]) == pytest.approx(bubble_share(8, 96))
     again = step_seconds(BIG, replace(EIGHT, recompute="full"), 96, H100)
-    assert again["products"] / seconds["products"] == pytest.approx(4 / 3, rel=0.02)
-    assert again["tensor parallel"] / seconds["tensor parallel"] == pytest.approx(1.5, rel=0.02)
+    assert again["products"] / seconds["products"] == pytest.approx(11 / 9, rel=0.02)  # but for the last product
+    assert again["tensor parallel"] / seconds["tensor parallel"] == pytest.approx(11 / 8, rel=0.02)
     across = step_seconds(BIG, EIGHT, 96, replace(H100, per_node=4))
     assert across["tensor parallel"] == pytest.approx(9 * seconds["tensor parallel"])
     faster = step_seconds(BIG, EIGHT, 96, replace(H100, efficiency=1.0))
