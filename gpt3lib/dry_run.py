@@ -241,6 +241,7 @@ def dry_run(config, layout: Layout, rank: int = 0, n_micro: int = 8) -> Trace:
 
 def real_step(config, layout: Layout, n_micro: int) -> dict:
     """The same, by one of several real processes; for processes.together."""
+    be_quiet()
     return asdict(measured_step(Team(config, layout, seed=None), n_micro))
 
 

@@ -104,7 +104,7 @@ class Message(NamedTuple):
     bytes: int
 
 
-KINDS = {  # what torch's operations are called -> what the book calls them
+OUR_WORDS = {  # what torch's operations are called -> what the book calls them
     "all_gather": "all-gather",
     "allgather": "all-gather",
     "_allgather": "all-gather",
@@ -136,7 +136,7 @@ def message_of(operation, arguments, result) -> Message | None:
     if operation.namespace not in ("c10d", "_c10d_functional"):
         return None
     name = operation._opname
-    kind = next((k for start, k in KINDS.items() if name.startswith(start)), None)
+    kind = next((k for start, k in OUR_WORDS.items() if name.startswith(start)), None)
     if kind is None:
         return None
     sides, leaves = [*arguments, result], private("tree_leaves")
@@ -160,7 +160,7 @@ def wrappers() -> tuple[type, type]:
     return DTensor, private("AsyncCollectiveTensor")
 
 
-def bare(tree) -> Iterator[torch.Tensor]:
+def bare_tensors(tree) -> Iterator[torch.Tensor]:
     """The tensors in a nest of lists without wrappers; those on meta are left out."""
     spread, on_its_way = wrappers()
     for tensor in private("tree_leaves")(tree):

@@ -60,7 +60,7 @@ def numbers(shapes, tp: int = 1, shards: int = 1) -> int:
     return total
 
 
-KEPT = {
+KEPT_NUMBERS = {
     "full": (1, 0),
     "selective": (9, 0),
     "none": (14, 2),
@@ -73,7 +73,7 @@ def kept_widths(layout: Layout, kind: str, blocks: int = 0) -> float:
     blocks: of a band that is computed in blocks, as on a processor, where q, k and v
     are padded, and k and v once more in pairs; 0 for one kernel.
     """
-    cut, whole = KEPT[layout.recompute]
+    cut, whole = KEPT_NUMBERS[layout.recompute]
     if layout.recompute == "selective" and layout.tp == 1:
         whole += 1  # wo's product, which is no partial sum then
     if layout.recompute == "none" and kind == "banded" and blocks:
@@ -324,7 +324,7 @@ def stage_flops(rank: Rank) -> float:
     return found * rank.n_tokens / layout.tp
 
 
-def step_seconds(config, layout: Layout, n_micro: int, machine: Machine) -> dict:
+def predicted_seconds(config, layout: Layout, n_micro: int, machine: Machine) -> dict:
     """Seconds of a step, by what they go to; the slowest stage decides."""
     ranks = [Rank(config, layout, stage) for stage in {0, layout.pp - 1}]
     speed = machine.gpu.peak * machine.efficiency
@@ -365,7 +365,7 @@ def weigh(config, layout: Layout, n_sequences: int, machine: Machine) -> Proposa
         sum(ledger(config, layout, n_micro, stage).values())
         for stage in {0, layout.pp - 1}
     )
-    seconds = sum(step_seconds(config, layout, n_micro, machine).values())
+    seconds = sum(predicted_seconds(config, layout, n_micro, machine).values())
     return Proposal(layout, n_micro, full, seconds)
 
 
@@ -386,7 +386,9 @@ def candidates(config, world, n_sequences, per_node, told: dict) -> Iterator[Lay
         share = n_sequences // found.data
         for size in (told["micro_batch"],) if "micro_batch" in told else (1, 2, 4, 8):
             if share % size == 0 and share // size >= found.pp:
-                for way in (told["recompute"],) if "recompute" in told else KEPT:
+                for way in (
+                    (told["recompute"],) if "recompute" in told else KEPT_NUMBERS
+                ):
                     ways = {"recompute": way, "micro_batch": size, "bf16": True}
                     yield replace(found, **ways)
 
@@ -451,7 +453,7 @@ def show_plan(one: Proposal, shape, machine: Machine, costs: dict) -> None:
         key=lambda found: sum(found.values()),
     )
     sent = sent_bytes(Rank(shape, layout), n_micro)
-    seconds, gpu = step_seconds(shape, layout, n_micro, machine), machine.gpu
+    seconds, gpu = predicted_seconds(shape, layout, n_micro, machine), machine.gpu
     sheet = f"data sheet [{gpu.source}]"
     rows = [("memory of the fullest rank",)]
     rows += [(name, f"{n / 2**30:.2f} GiB", "computed") for name, n in lines.items()]

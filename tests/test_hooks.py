@@ -121,12 +121,12 @@ def test_bare_tensors_are_without_wrappers_and_none_is_on_meta():
     from torch.distributed.tensor import Shard, distribute_tensor
 
     x, gone = torch.ones(8), torch.ones(8, device="meta")
-    found = [*hooks.bare([x, {"a": x[2:4]}, gone, 3, "x"])]
+    found = [*hooks.bare_tensors([x, {"a": x[2:4]}, gone, 3, "x"])]
     assert [t.numel() for t in found] == [8, 2] and found[0] is x
     with hooks.fake_ranks(4):
         spread = distribute_tensor(x, init_device_mesh("cpu", (4,)), [Shard(0)])
-        assert [type(t) for t in hooks.bare(spread)] == [torch.Tensor]
-        assert [t.numel() for t in hooks.bare([spread])] == [2]
+        assert [type(t) for t in hooks.bare_tensors(spread)] == [torch.Tensor]
+        assert [t.numel() for t in hooks.bare_tensors([spread])] == [2]
 
 
 def test_resizes_are_heard_and_the_old_way_comes_back():

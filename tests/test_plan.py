@@ -23,10 +23,10 @@ from gpt3lib.plan import (
     layer_shapes,
     ledger,
     numbers,
+    predicted_seconds,
     propose,
     run_plan,
     sent_bytes,
-    step_seconds,
     weigh,
 )
 from gpt3lib.recipe import TABLE_BATCHES
@@ -137,18 +137,18 @@ def test_what_is_sent_by_hand():
 
 
 def test_time_is_work_over_speed_and_the_bubble_is_the_pipelines():
-    seconds = step_seconds(BIG, EIGHT, 96, H100)
+    seconds = predicted_seconds(BIG, EIGHT, 96, H100)
     dense = 48 * 12 * BIG.d_model * 2048 + 48 * 12 * BIG.d_model * 256
     work = (6 * 96 * 12 * BIG.d_model**2 + dense) * 1536 * 2048 / 1024
     assert seconds["products"] == pytest.approx(work / (0.5 * 989e12), rel=0.03)  # the last stage has the way out
     busy = seconds["products"] + seconds["tensor parallel"]
     assert seconds["bubble"] / (busy + seconds["bubble"]) == pytest.approx(bubble_share(8, 96))
-    again = step_seconds(BIG, replace(EIGHT, recompute="full"), 96, H100)
+    again = predicted_seconds(BIG, replace(EIGHT, recompute="full"), 96, H100)
     assert again["products"] / seconds["products"] == pytest.approx(11 / 9, rel=0.02)  # but for the last product
     assert again["tensor parallel"] / seconds["tensor parallel"] == pytest.approx(11 / 8, rel=0.02)
-    across = step_seconds(BIG, EIGHT, 96, replace(H100, per_node=4))
+    across = predicted_seconds(BIG, EIGHT, 96, replace(H100, per_node=4))
     assert across["tensor parallel"] == pytest.approx(9 * seconds["tensor parallel"])
-    faster = step_seconds(BIG, EIGHT, 96, replace(H100, efficiency=1.0))
+    faster = predicted_seconds(BIG, EIGHT, 96, replace(H100, efficiency=1.0))
     assert faster["products"] == seconds["products"] / 2
 
 
