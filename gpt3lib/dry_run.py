@@ -106,7 +106,7 @@ class Meter(hooks.private("TorchDispatchMode")):
 
     def hold(self, tree) -> None:
         """See the memory behind all tensors in a nest."""
-        for tensor in hooks.bare(tree):
+        for tensor in hooks.bare_tensors(tree):
             self.see(tensor.untyped_storage())
 
     def hear(self, message) -> None:
