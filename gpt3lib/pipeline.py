@@ -18,6 +18,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from gpt3lib.hooks import needs_torch
 from gpt3lib.model import GPT, chunked_loss
 from gpt3lib.parallel import (
     Grid,
@@ -53,7 +54,7 @@ def check_moved(before: int, now: int) -> None:
     LayoutError.unless(now < before, words)
 
 
-def check_rows(inputs, targets, wanted: int, layout) -> None:
+def check_team_rows(inputs, targets, wanted: int, layout) -> None:
     """Raise LayoutError unless these are this rank's rows, and their columns divide."""
     words = f"{len(inputs)} rows of inputs and {len(targets)} of targets; "
     fine = len(inputs) == len(targets) == wanted
@@ -320,7 +321,7 @@ def micro_batches_of(grid, inputs, targets, count: int) -> list[tuple]:
     """
     layout = grid.layout
     counts = [stop - start for start, stop in share(count, layout.data)]
-    check_rows(inputs, targets, counts[grid.data], layout)
+    check_team_rows(inputs, targets, counts[grid.data], layout)
     most = min(layout.micro_batch, max(counts) // layout.pp)
     size = micro_size(counts, most)
     n = max(max(counts) // size, layout.pp)
@@ -340,6 +341,8 @@ class Crew:
     """
 
     def __init__(self, config, layout, device="cpu", seed: int | None = 0):
+        if n_parts(layout) > 1:  # torch's stages change from version to version
+            needs_torch("A pipeline")
         check_layout(layout, config, dist.get_world_size())
         self.config, self.layout, self.grid = config, layout, Grid(layout, device)
         with torch.device("meta"):

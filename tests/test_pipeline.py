@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import ranks
 import teams
-from gpt3lib import pipeline
+from gpt3lib import hooks, pipeline
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.parallel import RECOMPUTE, Layout, LayoutError, check_layout
 from gpt3lib.pipeline import Box, Part, bubble_share, cuts, gpipe, interleaved, most_held, one_f_one_b, timetable
@@ -30,6 +31,9 @@ PAIRS = [  # in the suite each mix has two of them, which differ in all three
     for kind, other in (("dense", "banded"), ("banded", "dense"))
     for r in range(3)
 ]
+
+OWN = torch.__version__.split("+")[0].rpartition(".")[0]
+tried = pytest.mark.skipif(OWN not in hooks.TRIED, reason=f"pipelines were not tried with torch {OWN}")
 
 
 def cases(n):
@@ -53,6 +57,7 @@ def test_the_suite_has_each_mix_with_both_schedules_both_kinds_and_recomputing_o
     assert {layout.recompute for layout, _ in seen} == set(RECOMPUTE)
 
 
+@tried
 @pytest.mark.parametrize("n", [2, 4])
 def test_every_mix_is_equal_to_one_process(n):
     asked = cases(n)
@@ -71,6 +76,7 @@ def test_every_mix_is_equal_to_one_process(n):
         assert set().union(*(far["names"] for far in found)) == set(right["born"]), layout
 
 
+@tried
 @pytest.mark.parametrize("rows", [5, 7])
 def test_rows_that_do_not_divide_change_nothing(rows):
     shape = ranks.config()
@@ -90,6 +96,7 @@ def test_a_team_of_one_is_update():
         assert far["losses"] < 1e-6 and far["weights"] < 1e-5, far
 
 
+@tried
 def test_torch_works_in_the_order_of_the_plan():
     asked = [
         (Layout(pp=2, micro_batch=2), ranks.config(), 8, one_f_one_b, (2, 4)),
@@ -103,6 +110,7 @@ def test_torch_works_in_the_order_of_the_plan():
             assert notes == way(rank, *numbers), (rank, way, numbers)
 
 
+@tried
 def test_what_a_step_refuses_leaves_all_as_it_was():
     for rank, said in enumerate(together(2, teams.refusals, Layout(pp=2, micro_batch=2), ranks.config())):
         assert said["not accepted"] == 0
@@ -113,12 +121,14 @@ def test_what_a_step_refuses_leaves_all_as_it_was():
         assert "needs 6 layers at least; the model has 4. The nearest that work: " in said["layers"]
 
 
+@tried
 def test_without_the_sum_the_tables_part():
     lower, upper = together(2, teams.unsummed, Layout(pp=2, micro_batch=2), ranks.config(), 2)
     gaps = [(a - b).abs().max().item() for a, b in zip(lower, upper, strict=True)]
     assert ranks.WEIGHTS < gaps[0] < gaps[1]
 
 
+@tried
 def test_a_team_can_stay_without_numbers():
     answers = together(2, teams.on_meta, Layout(pp=2), ranks.config())
     names = [name for name, _ in GPT(ranks.config()).named_parameters()]
@@ -127,6 +137,14 @@ def test_a_team_can_stay_without_numbers():
 
 
 # --- without ranks ---
+
+
+def test_a_torch_that_pipelines_were_not_tried_with_is_refused_first():
+    with (
+        mock.patch.object(hooks, "TRIED", ("1.0",)),
+        pytest.raises(hooks.TorchError, match="A pipeline was tried with"),
+    ):
+        pipeline.Team(ranks.config(), Layout(pp=2))
 
 
 def test_parts_one_after_the_other_are_the_whole():
