@@ -15,13 +15,14 @@ SITE_SOURCES := _config.yml _toc.yml pyproject.toml $(wildcard book/*.ipynb book
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help book test test-elsewhere test-torch lab export execute form check race clean
+.PHONY: help book test test-elsewhere test-parallel test-torch lab export execute form check race clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make book            build the site and print its address"
 	@echo "make test            build the site, run every test and every notebook, compare their outputs"
 	@echo "make test-elsewhere  every notebook as three other processors would run it, on 1, 2 and 4 threads; half an hour"
+	@echo "make test-parallel   every layout of 2 and 4 ranks, ten kills, nine traces; its result goes to data/experiments"
 	@echo "make test-torch      the library's tests on another torch, in an environment of its own: TORCH=2.8.0"
 	@echo "make lab             open the chapters in JupyterLab"
 	@echo "make export          write gpt3lib/ from the chapters' exported cells"
@@ -58,6 +59,10 @@ test: $(SITE)
 test-elsewhere: $(READY)
 	@echo "==> every notebook as other processors would run it"
 	@$(BIN)/python tools/elsewhere.py --jobs $(JOBS) $(PROCESSORS)
+
+test-parallel: $(READY)
+	@echo "==> every layout of 2 and 4 ranks, ten kills, nine traces"
+	@$(BIN)/python tools/measure_parallel.py
 
 # a test file for each module; stored outputs show the digits of the pinned torch, so chapters are not compared
 LIBRARY_TESTS := $(wildcard $(patsubst gpt3lib/%.py,tests/test_%.py,$(wildcard gpt3lib/*.py)))

@@ -1,24 +1,33 @@
 """Train, ask, measure and convert models from a terminal: the command `gpt3`."""
 
 # Made from book/f_command_line.ipynb by tools/export.py; edit the chapter.
+import json
+import math
 import os
 import re
 import shlex
 import sys
-from contextlib import suppress
+import time
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields, replace
 from functools import partial
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
 from gpt3lib.commands import (
+    AXES_ASKED,
     FREE,
+    LAYOUT_ASKED,
     ConvertConfig,
     EvalConfig,
     GenerateConfig,
+    PlanConfig,
     TokenizeConfig,
     TrainConfig,
     TuneConfig,
+    torchrun_rank,
+    torchrun_ranks,
 )
 from gpt3lib.options import (
     CommandError,
@@ -97,6 +106,9 @@ def check_train(config: TrainConfig) -> None:
     for name in ("minutes", "vocab_size"):
         if getattr(config, name) is not None and not config.text:
             raise CommandError(f"--{name} chooses something for --text; give that too")
+    for name in (*AXES_ASKED, "chunks"):
+        if (n := getattr(config, name)) is not None and n < 1:
+            raise CommandError(f"--parallel.{name} is {n}; it must be 1 or more")
     if config.minutes is not None and not 0 < config.minutes < 1e6:
         raise CommandError(f"--minutes is {config.minutes}; it must be above 0")
 
@@ -142,25 +154,45 @@ def run_train(config: "TrainConfig | TuneConfig") -> None:
         run_tune(config)
         return
     check_train(config)
+    check_ranks(config, retyped(config))
     name = Path(os.path.abspath(config.text[0])).stem if config.text else config.size
     config = replace(config, out=config.out or f"runs/{name}")
-    path = Path(config.out) / "config.yaml"
+    if torchrun_ranks():
+        train_together(config)
+        return
     from gpt3lib import own_text
 
+    config, parts, again = begin(config)
+    finish(config, to_the_end(config, own_text.learn, parts, again))
+
+
+def begin(config: TrainConfig) -> tuple:
+    """A run's config, settled and stored in its folder, its parts; does it go on?"""
+    from gpt3lib import own_text
+
+    path = Path(config.out) / "config.yaml"
     with own_text.alone(path.parent):
         if again := path.exists():
             texts, config = config.text, with_stored(config, path)
+            check_ranks(config, f"--out {shlex.quote(config.out)}", again)
             if texts:  # are they what they were?
                 own_text.prepare_text(texts, path.parent, config.vocab_size)
         else:
+            if torchrun_ranks() and config.size:  # before a text is read for an hour
+                shape = own_text.plan_model(config)
+                own_text.layout_of(config, shape, torchrun_ranks())
             config = own_text.settled(config)
         parts = own_text.ready(config)  # nothing is stored before it is checked
+        if torchrun_ranks():
+            own_text.layout_of(config, parts[1], torchrun_ranks())
         write_yaml(config, path)
-    finish(config, to_the_end(config, own_text.learn, parts, again))
+    return config, parts, again
 
 
 def run_tune(config: TuneConfig) -> None:
     """What `gpt3 train --from` does."""
+    if torchrun_ranks() > 1:
+        raise CommandError("--from trains in one process; leave torchrun away")
     name = Path(os.path.abspath(config.pairs)).stem if config.pairs else "none"
     path = Path(config.out or f"runs/{name}") / "config.yaml"
     from gpt3lib import own_pairs, own_text
@@ -186,7 +218,8 @@ def to_the_end(config, learn, parts, again: bool):
         if not state.finished:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        print(f"go on with: gpt3 train --out {shlex.quote(config.out)}")
+        words = f"{launcher(torchrun_ranks())} train --out {shlex.quote(config.out)}"
+        print(f"go on with: {words}")
         raise SystemExit(130) from None
     return model
 
@@ -287,6 +320,67 @@ def run_convert(config: ConvertConfig) -> None:
     print(f"{config.out}: {written.num_params():,} parameters, a {config.to}")
 
 
+def plan_it(config: PlanConfig) -> None:
+    """What `gpt3 plan` does."""
+    from gpt3lib.plan import run_plan
+
+    planned = run_plan(config)
+    if config.dry_run:
+        from gpt3lib.dry_run import check_plan_of
+
+        check_plan_of(*planned)
+
+
+def launcher(n: int) -> str:
+    """The words before a command that n ranks share; 0: one process, no torchrun."""
+    return f"torchrun --nproc-per-node {n} -m gpt3lib.cli" if n else "gpt3"
+
+
+def retyped(config) -> str:
+    """The options of a config as one would type them."""
+    given = asked(config)
+    told = {called(f): given.get(f.name) for f in fields(config) if f.name != "config"}
+    told = {name: value for name, value in told.items() if value is not None}
+    for name, value in told.items():
+        told[name] = [*map(str, value)] if isinstance(value, tuple) else str(value)
+    return shlex.join(as_arguments(type(config), told, "the command"))
+
+
+def check_ranks(config: TrainConfig, words: str, again: bool = False) -> None:
+    """Raise CommandError for a layout without its processes. words: to type again."""
+    n = math.prod(getattr(config, name) or 1 for name in AXES_ASKED)
+    given = {name: getattr(config, name) for name in LAYOUT_ASKED}
+    given = {k: v for k, v in given.items() if v not in (None, 1, "none")}
+    if given and (n > 1 if torchrun_ranks() == 1 else not torchrun_ranks()):
+        told = " ".join(f"--parallel.{name} {value}" for name, value in given.items())
+        need = "a process" if n == 1 else f"{n} processes"
+        right = f"{launcher(n)} train {words}"
+        if again:  # the run began under that layout
+            plain = {name: 1 for name in given} | {"recompute": "none"}
+            left = " ".join(f"--parallel.{name} {plain[name]}" for name in given)
+            right += f"; or, in this one, {left}"
+        raise CommandError(f"{told} needs {need} of torchrun: {right}")
+
+
+def train_together(config: TrainConfig) -> None:
+    """What `gpt3 train` does on each rank of torchrun; the first one speaks."""
+    from gpt3lib import own_text
+    from gpt3lib.elastic import learn_together
+    from gpt3lib.ranks import from_first
+
+    again = from_first(lambda: str(begin(config)[-1]))
+    config = read_config(TrainConfig, Path(config.out) / "config.yaml")
+    parts = own_text.ready(config)
+    layout = own_text.layout_of(config, parts[1], torchrun_ranks())
+    sizes = {name: getattr(layout, name) for name in AXES_ASKED}
+    told = " ".join(f"{name} {n}" for name, n in sizes.items() if n > 1) or "alone"
+    print(f"{'ranks':12}{torchrun_ranks()}: {told}")
+    learn = partial(learn_together, layout=layout)
+    model = to_the_end(config, learn, parts, again == "True")
+    if model is not None:  # on the first rank
+        finish(config, model)
+
+
 HELP = """gpt3: train, ask and measure GPT-3s of every size.
 
   gpt3 train --text mine.txt                  a model of your own text, in minutes
@@ -297,7 +391,7 @@ HELP = """gpt3: train, ask and measure GPT-3s of every size.
 
   gpt3 tokenize books/ --out tokens           texts become shards of token ids
   gpt3 train gpt3-1m --data tokens            one of our sizes, by the paper's recipe
-  gpt3 train gpt3-175b                        what the largest would need
+  gpt3 plan gpt3-175b --gpus 1024             memory, days and cost of the largest
   gpt3 convert runs/mine theirs --to gpt_neo  for transformers and other programs
 
 Kill a run whenever you like: the same command goes on where it was. Each command
@@ -312,6 +406,7 @@ COMMANDS = {  # name: its options, what does it
     "generate": (partial(ask, GenerateConfig), run_generate),
     "eval": (partial(ask, EvalConfig), run_eval),
     "tokenize": (partial(ask, TokenizeConfig), run_tokenize),
+    "plan": (partial(ask, PlanConfig), plan_it),
     "convert": (partial(ask, ConvertConfig), run_convert),
 }
 
@@ -334,16 +429,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     An error is one line; with GPT3LIB_TRACEBACK=1 the whole story.
     """
+    rank = torchrun_rank()  # only the first one speaks
     for stream in (sys.stdout, sys.stderr):  # some consoles lack letters
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")
     try:
-        act(sys.argv[1:] if arguments is None else list(arguments))
+        with redirect_stdout(StringIO() if rank else sys.stdout):
+            act(sys.argv[1:] if arguments is None else list(arguments))
         return 0
     except SystemExit as end:  # --help of a command
         return end.code or 0
     except KeyboardInterrupt:
-        print("\ngpt3: stopped", file=sys.stderr)
+        if not rank:
+            print("\ngpt3: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # nobody reads any more, as in `gpt3 generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -351,10 +449,16 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("GPT3LIB_TRACEBACK"):
             raise
+        if rank and isinstance(error, CommandError):  # the first one says it
+            return 2
         words, kind = " ".join(str(error).split()), type(error)
         if not kind.__module__.startswith("gpt3lib."):
             words = f"{kind.__name__}: {words} (GPT3LIB_TRACEBACK=1 tells where)"
-        print(f"gpt3: {words}", file=sys.stderr)
+        who = f"gpt3: rank {rank}" if rank else "gpt3"
+        print(f"{who}: {words}", file=sys.stderr)
+        if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # for torchrun's table
+            told = {"message": f"{who}: {words}", "timestamp": int(time.time())}
+            Path(place).write_text(json.dumps(told))
         return 2
 
 

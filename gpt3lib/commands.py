@@ -2,12 +2,14 @@
 the others."""
 
 # Made from book/m_commands.ipynb by tools/export.py; edit the chapter.
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from gpt3lib.options import FIRST, option
 
 SPIKE = Literal["stop", "skip", "rollback"]
+AGAIN = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class TrainConfig:
     compile: option(bool, "", "compile the model first, for a GPU") = False
     device: option(str | None, "NAME", "cpu, cuda or mps; else what is best") = None
     n_threads: option(int, "N", "of the processor; else 1 or all, by a trial") = None
+    dp: option(int, "N", "copies; else what ranks are left", name="parallel.dp") = None
+    fsdp: option(int, "N", "pieces of all numbers", name="parallel.fsdp") = None
+    cp: option(int, "N", "pieces of each sequence", name="parallel.cp") = None
+    tp: option(int, "N", "parts of each matrix", name="parallel.tp") = None
+    pp: option(int, "N", "stages of layers", name="parallel.pp") = None
+    chunks: option(int, "V", "stages on a rank", name="parallel.chunks") = None
+    recompute: option(
+        AGAIN | None, "WAY", "none, selective, full", name="parallel.recompute"
+    ) = None
     save_every: option(int, "STEPS", "a checkpoint after so many; 100") = None
     keep_last: option(int, "N", "so many checkpoints stay; 3") = None
     keep_at: option(tuple[int, ...], "N …", "… and one from each of these tokens") = ()
@@ -53,11 +64,23 @@ class TrainConfig:
     go_ahead: option(bool, "", "begin even what does not fit") = False
 
 
+AXES_ASKED = ("dp", "fsdp", "cp", "tp", "pp")  # their product: so many ranks
+LAYOUT_ASKED = (*AXES_ASKED, "chunks", "recompute")
 # what may be another when a run goes on
 FREE = set(
     "out config go_ahead save_every keep_last keep_at on_spike micro_batch bf16 "
     "compile device sample_every prompt".split()
-)
+).union(LAYOUT_ASKED)
+
+
+def torchrun_ranks() -> int:
+    """How many processes torchrun has started of this command; 0 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 0
+
+
+def torchrun_rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", 0))
 
 
 LORA_HELP = (
@@ -135,6 +158,36 @@ class TokenizeConfig:
     field: option(str, "NAME", "of a .jsonl: where a line's text stands") = "text"
     shard_tokens: option(int, "N", "tokens in a file; 64M") = 2**26
     n_threads: option(int, "N", "else as many as there are cores") = None
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan a run on many GPUs: its memory, time and cost, and which layouts fit.
+
+    What is given of the layout holds; what is left out is proposed.
+    """
+
+    size: option(str, "SIZE", "gpt3-100k … gpt3-175b", FIRST)
+    gpus: option(int, "N", "how many; 1024") = 1024
+    gpu: option(str, "NAME", "v100-32gb … h200-141gb; h100-80gb") = "h100-80gb"
+    per_node: option(int, "N", "GPUs in a machine, linked by NVLink; 8") = 8
+    network: option(float, "GB/s", "of a GPU to other machines, each way; 50") = 50.0
+    efficiency: option(float, "SHARE", "of the peak, while it computes; 0.5") = 0.5
+    price: option(float | None, "DOLLARS", "of a GPU for an hour; else a guess") = None
+    n_tokens: option(int, "N", "to learn from; 300 billion") = None
+    batch_tokens: option(int, "N", "tokens of a step; else Table 2.1's") = None
+    n_ctx: option(int, "N", "tokens in a window; 2048") = None
+    dp: option(int, "N", "copies", name="parallel.dp") = None
+    fsdp: option(int, "N", "pieces of all numbers", name="parallel.fsdp") = None
+    cp: option(int, "N", "pieces of each sequence", name="parallel.cp") = None
+    tp: option(int, "N", "parts of each matrix", name="parallel.tp") = None
+    pp: option(int, "N", "stages of layers", name="parallel.pp") = None
+    recompute: option(
+        AGAIN | None, "WAY", "none, selective, full", name="parallel.recompute"
+    ) = None
+    micro_batch: option(int, "N", "sequences in memory at a time") = None
+    top: option(int, "N", "layouts shown; 5") = 5
+    dry_run: option(bool, "", "trace the fastest with the real code, minutes") = False
 
 
 KIND = Literal["gpt2", "gpt_neo", "gpt3lib"]

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
 
+from gpt3lib.commands import AXES_ASKED, torchrun_ranks
 from gpt3lib.files import NoDice, Refusal, sha256, write_beside
 from gpt3lib.loading import MANIFEST, MERGES, Loader, Tokens, text_files, write_tokens
 from gpt3lib.model import GPT, GPTConfig
@@ -186,6 +188,14 @@ def memory_of(device: torch.device) -> int | None:
     return None
 
 
+def on_all_ranks(memory: int | None, peak: float, device: torch.device) -> tuple:
+    """Memory and speed of all of torchrun's ranks; a machine's share its memory."""
+    n = max(1, torchrun_ranks())
+    machines = n // int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    memory = memory and memory * (machines if device.type == "cpu" else n)
+    return memory, n * peak
+
+
 MONTH = 30 * 86_400  # seconds
 
 
@@ -321,8 +331,8 @@ def settled(config):
     recipe = plan_recipe(config, shape, sum(map(len, sources.values())))
     for name, words in needs(config.size, shape, recipe).items():
         print(f"{name:12}{words}", flush=True)
-    peak = measured_peak(device, config.bf16)
-    why = obstacles(shape, recipe, memory_of(device), peak)
+    here = memory_of(device), measured_peak(device, config.bf16)
+    why = obstacles(shape, recipe, *on_all_ranks(*here, device))
     if why and not config.go_ahead:
         raise StartError(f"{config.size} {why}; --go_ahead begins all the same")
     if not sources:
@@ -359,3 +369,16 @@ def learn(config, parts=None):
     with threads(config.n_threads):
         state = run(model, recipe.optimizer(model), loader, store, recipe, **ways)
     return model, state
+
+
+def layout_of(config, shape: GPTConfig, world: int):
+    """How a config lays a model out over `world` ranks. Raises LayoutError."""
+    from gpt3lib.parallel import Layout, check_layout
+
+    sizes = {name: getattr(config, name) or 1 for name in (*AXES_ASKED, "chunks")}
+    if config.dp is None:
+        sizes["dp"] = max(1, world // prod(sizes[name] for name in AXES_ASKED))
+    ways = given(config, ("recompute", "micro_batch", "bf16", "compile"))
+    layout = Layout(**sizes, **ways)
+    check_layout(layout, shape, world)
+    return layout

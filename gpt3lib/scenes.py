@@ -298,6 +298,12 @@ PARTS = {  # part of the map -> its chapter, the role of its colour, its words
     "training": ("13_training", "label", "Training"),
     "recipe": ("14_recipe", "label", "The recipe"),
     "runs": ("15_long_runs", "label", "Long runs"),
+    "scaling": ("16_scaling_laws", "label", "Scaling laws"),
+    "parallel": ("17_parallelism", "weight", "Parallelism"),
+    "pipeline": ("18_pipelines", "weight", "Pipelines"),
+    "elastic": ("19_many_machines", "label", "Many machines"),
+    "plan": ("20_planning", "output", "Planning 175B"),
+    "dry_run": ("20b_dry_run", "output", "A dry run"),
     "prompting": ("21_prompting", "input", "Prompting"),
     "evaluation": ("22_evaluation", "output", "Evaluation"),
     "finetuning": ("23_finetuning", "weight", "Fine-tuning"),
@@ -312,7 +318,7 @@ class Map(Sheet):
     kind = 'role="group"'  # no single image: its links are read one by one
 
     def __init__(self, lit: str | None, alt: str):
-        super().__init__(WIDTH, 306, alt)
+        super().__init__(WIDTH, 350, alt)
         self.lit = lit
 
     @contextmanager
@@ -344,10 +350,8 @@ class Map(Sheet):
 
     def way(self, *points, head=True):
         """Straight lines through the points, with a head at the end."""
-        corners = [*points[:-1]] if head else [*points]
-        path = "M" + "L".join(f"{x},{y}" for x, y in corners)
-        if len(corners) > 1:
-            self.add(f'<path d="{path}" {self.outline}/>')
+        path = "M" + "L".join(f"{x},{y}" for x, y in points[: len(points) - head])
+        self.add(f'<path d="{path}" {self.outline}/>')
         if head:
             self.arrow(*points[-2], *points[-1], self.role, self.thick)
 
@@ -374,7 +378,7 @@ def draw_decoder(sheet: Map) -> None:
 ALT = (
     "The whole model. Text becomes tokens; embeddings make vectors of them; a straight "
     "line, the residual stream, runs through L layers, to which attention and MLP add; "
-    "logits choose the next token, which joins the text."
+    "logits choose the next token, which joins the text. Below: many machines."
 )
 
 
@@ -412,6 +416,29 @@ def draw_use(sheet: Map) -> None:
         sheet.box(6, 112, 32, "many texts", h=86, upwards=True)
 
 
+def draw_scale(sheet: Map) -> None:
+    """How large; a model cut in two, in stages, over machines; the plan of it."""
+    with sheet.part("scaling"):
+        sheet.box(370, 211, 58, "scaling", h=22)
+        sheet.way((399, 233), (399, 249))
+    with sheet.part("parallel"):
+        sheet.box(6, 320, 62, "parallel")
+        sheet.line(37, 320, 37, 346, sheet.role, dash="6 14")  # cut in two
+        sheet.way((68, 333), (99, 333))
+    with sheet.part("pipeline"):
+        sheet.box(99, 320, 62, "pipeline")
+        sheet.way((161, 333), (192, 333))
+    with sheet.part("elastic"):
+        sheet.box(192, 320, 74, "machines")
+        sheet.way((260, 320), (260, 312), (373, 312), (373, 306))
+    with sheet.part("plan"):
+        sheet.box(297, 320, 42, "plan", dash="4 3")
+        sheet.way((297, 333), (266, 333))
+    with sheet.part("dry_run"):
+        sheet.box(370, 320, 58, "dry run", dash="4 3")
+        sheet.way((370, 333), (339, 333))
+
+
 def draw_learning(sheet: Map) -> None:
     """Text is cleaned and dealt out; the loss and its way back; prompts, and marks."""
     with sheet.part("data"):
@@ -433,6 +460,7 @@ def draw_learning(sheet: Map) -> None:
     with sheet.part("runs"):
         sheet.box(356, 278, 76, "long runs")
         sheet.way((393, 278), (393, 257))
+    draw_scale(sheet)
     with sheet.part("prompting"):
         sheet.box(312, 35, 76, "prompts", h=22)
         sheet.way((312, 46), (250, 46), (250, 28))

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,10 +23,10 @@ from safetensors.torch import load_file
 
 from gpt3lib import cli, own_text, using
 from gpt3lib.checkpoints import Store
-from gpt3lib.cli import COMMANDS, asked, main, parse_train, read_config, with_stored
+from gpt3lib.cli import COMMANDS, asked, main, parse_train, read_config, retyped, with_stored
 from gpt3lib.commands import ConvertConfig, EvalConfig, TokenizeConfig, TrainConfig, TuneConfig
 from gpt3lib.loading import Tokens
-from gpt3lib.options import CommandError, ask, write_yaml
+from gpt3lib.options import CommandError, ask, called, write_yaml
 from samples import text
 
 PROGRAM = [sys.executable, "-c", "import sys; from gpt3lib.cli import main; sys.exit(main())"]
@@ -167,7 +169,15 @@ VALUES = {
     "prompt": PLAIN,
     "keep_at": st.lists(st.integers(1, 10**9), min_size=1).map(tuple),
     "on_spike": st.sampled_from(["stop", "skip", "rollback"]),
+    "dp": st.integers(1, 1024),
+    "recompute": st.sampled_from(["none", "selective", "full"]),
 }
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_a_config_is_typed_again(given):
+    assert parse_train(shlex.split(retyped(TrainConfig(**given)))) == TrainConfig(**given)
 
 
 @settings(max_examples=20, deadline=None)
@@ -304,7 +314,7 @@ def test_one_command_makes_a_model_of_a_text(trained, capfd, monkeypatch):
     run = trained / "runs" / "mine"
     assert {"config.yaml", "data", "model", "log.csv"} <= {path.name for path in run.iterdir()}
     used = yaml.safe_load((run / "config.yaml").read_text())
-    given = {field.name for field in fields(TrainConfig)} - {"config"}
+    given = {called(field) for field in fields(TrainConfig)} - {"config"}
     assert set(used) == given and used["size"] and used["peak"] and used["vocab_size"] == 257
     assert losses(run)[-1][1] == "8000"
     code, out, _ = gpt3("eval runs/mine", capfd)
@@ -555,3 +565,163 @@ def test_questions_become_a_table_and_files(trained, capfd, monkeypatch):
     assert code == 2 and "mine.jsonl, line 1 must be" in error
     code, out, _ = gpt3("eval runs/mine --data mine.txt --task last --n 2 --out e", capfd)
     assert code == 0 and "mine.txt: loss" in out and "last" in out and Path("e/last-0-shots.json").exists()
+
+
+# --- several ranks ---
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--parallel.cp 0", "--parallel.cp is 0; it must be 1 or more"),
+        ("--parallel.dp 2 --parallel.chunks 0", "--parallel.chunks is 0; it must be 1 or more"),
+        ("--parallel.dp many", "--parallel.dp is many; it must be a whole number"),
+        ("--parallel.recompute some", "invalid choice 'some'"),
+        (
+            "b --parallel.dp 2 --parallel.tp 2 --bf16",
+            "--parallel.dp 2 --parallel.tp 2 needs 4 processes of torchrun: torchrun --nproc-per-node 4 "
+            "-m gpt3lib.cli train gpt3-1m --data a b --bf16 --parallel.dp=2 --parallel.tp=2\n",
+        ),
+        ("--parallel.recompute full", "--parallel.recompute full needs a process of torchrun: torchrun --nproc"),
+    ],
+)
+@pytest.mark.parametrize("world", ["", "1"])
+def test_a_layout_without_its_processes_is_refused_and_the_line_for_it_told(
+    line, words, world, here, capfd, monkeypatch
+):
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    code, _, error = gpt3(f"train gpt3-1m --data a {line}", capfd)
+    assert code == 2 and words in error and error.count("\n") == 1 and not Path("runs").exists()
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """A function that makes this process rank `rank` of `world`; what the engine does is played, and noted."""
+    played = types.SimpleNamespace(calls=[])
+
+    def from_first(work):
+        played.calls.append("first")
+        return work() if os.environ["RANK"] == "0" else "False"
+
+    def learn_together(config, parts, layout):
+        played.calls.append((config, layout))
+        model, state = own_text.learn(config, parts) if os.environ["RANK"] == "0" else (None, None)
+        return model, state or types.SimpleNamespace(finished=True)
+
+    played.from_first, played.learn_together = from_first, learn_together
+    monkeypatch.setattr("gpt3lib.ranks.from_first", lambda work: played.from_first(work))
+    monkeypatch.setattr("gpt3lib.elastic.learn_together", lambda *parts, layout: played.learn_together(*parts, layout))
+
+    def begin(rank, world):
+        for name, value in {"RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}.items():
+            monkeypatch.setenv(name, str(value))
+        return played
+
+    return begin
+
+
+def test_the_first_rank_settles_writes_and_speaks_and_the_others_read(here, torchrun, capfd):
+    line = f"train --text mine.txt {SMALL} --parallel.tp 2"
+    played = torchrun(0, 4)
+    code, out, error = gpt3(line, capfd)
+    assert code == 0 and "ranks       4: dp 2 tp 2" in out and "More of it" in out, error
+    (config, layout) = played.calls[1]
+    assert (layout.dp, layout.tp, layout.world) == (2, 2, 4) and config.dp is None and config.n_ctx == 32
+    stored = yaml.safe_load(Path("runs/mine/config.yaml").read_text())
+    assert (stored["parallel.tp"], stored["parallel.dp"]) == (2, None)
+    played = torchrun(3, 4)
+    assert gpt3(line, capfd) == (0, "", "")
+    assert played.calls[3][0] == config and played.calls[3][1] == layout
+
+
+def test_a_layout_that_does_not_fit_is_refused_by_the_first_before_anything(here, torchrun, capfd):
+    played = torchrun(0, 3)
+    code, _, error = gpt3("train gpt3-1m --text mine.txt --parallel.tp 2", capfd)
+    assert code == 2 and "tp=2 needs 2 ranks, and there are 3" in error and " dp=3" in error
+    assert played.calls == ["first"] and not Path("runs").exists()  # no text was read
+    code, _, error = gpt3("train --text mine.txt --parallel.tp 2", capfd)
+    assert code == 2 and "there are 3" in error and not Path("runs/mine/config.yaml").exists()
+
+
+def test_a_rank_that_is_not_the_first_says_only_what_is_its_own(here, torchrun, capfd, monkeypatch):
+    played = torchrun(1, 2)
+    assert gpt3("train --lr 3", capfd) == (2, "", "")
+    assert gpt3("--help", capfd) == (0, "", "")
+    played.from_first = lambda work: 1 / 0
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
+    code, out, error = gpt3("train gpt3-1m --data a", capfd)
+    assert (code, out) == (2, "") and error.startswith("gpt3: rank 1: ZeroDivisionError")
+    told = json.loads(Path("error.json").read_text())  # torchrun's table shows it
+    assert told["message"] == error.strip() and 0 <= time.time() - told["timestamp"] < 60
+
+    def stop(work):
+        raise KeyboardInterrupt
+
+    played.from_first = stop
+    assert gpt3("train gpt3-1m --data a", capfd) == (130, "", "")
+
+
+def test_a_run_goes_on_under_another_layout(trained, torchrun, capfd, monkeypatch, tmp_path):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    played = torchrun(0, 2)
+    assert gpt3("train --out runs/mine --parallel.tp 2 --parallel.recompute full", capfd)[0] == 0
+    assert (played.calls[1][1].tp, played.calls[1][1].recompute) == (2, "full")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    code, _, error = gpt3("train --out runs/mine", capfd)
+    assert code == 2 and "train --out runs/mine; or, in this one, --parallel.tp 1 --parallel.recompute none" in error
+    code, out, _ = gpt3("train --out runs/mine --parallel.tp 1 --parallel.recompute none", capfd)
+    assert code == 0 and "going on" in out
+
+
+def test_several_ranks_that_are_stopped_tell_the_line_of_torchrun(here, torchrun, capfd, monkeypatch):
+    played = torchrun(0, 2)
+    played.learn_together = lambda *parts: (None, types.SimpleNamespace(finished=False))
+    code, out, _ = gpt3(f"train --text mine.txt {SMALL}", capfd)
+    assert code == 130 and "go on with: torchrun --nproc-per-node 2 -m gpt3lib.cli train --out runs/mine" in out
+    code, _, error = gpt3("train --from gpt3-1m --pairs x", capfd)
+    assert code == 2 and "--from trains in one process" in error
+
+
+def test_all_ranks_together_have_more_memory_and_are_faster(torchrun, monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert own_text.on_all_ranks(8, 2.0, cpu) == own_text.on_all_ranks(8, 2.0, gpu) == (8, 2.0)
+    torchrun(0, 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert own_text.on_all_ranks(8, 2.0, cpu) == (3 * 8, 6 * 2.0) and own_text.on_all_ranks(8, 2.0, gpu) == (48, 12.0)
+    assert own_text.on_all_ranks(None, 2.0, cpu) == (None, 12.0)
+
+
+def test_a_plan_says_what_a_run_would_take(capfd, monkeypatch):
+    code, out, error = gpt3("plan gpt3-1.3b --gpus 8 --parallel.tp 2 --price 3 --top 1", capfd)
+    assert (code, error) == (0, "") and "tp=2" in out and re.search(r"days +[\d,.]+ ", out) and "$3.00 an hour" in out
+    assert gpt3("plan gpt3-1.3b --gpus 8", capfd)[1] != out
+    for wrong, words in [
+        ("--gpu h100", "no GPU 'h100'"),
+        ("--parallel.tp 5", "tp=5"),
+        ("--efficiency 50", "efficiency"),
+    ]:
+        code, _, error = gpt3(f"plan gpt3-175b {wrong}", capfd)
+        assert code == 2 and words in error and error.count("\n") == 1
+    traced = []
+    monkeypatch.setattr(
+        "gpt3lib.dry_run.check_plan_of", lambda shape, one: traced.append((shape.d_model, one.layout.tp))
+    )
+    assert gpt3("plan gpt3-1.3b --gpus 8 --parallel.tp 2 --dry_run", capfd)[0] == 0 and traced == [(2048, 2)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torchrun wants another network there")
+def test_torchrun_learns_what_one_process_does(trained, tmp_path):
+    """The same command on two ranks, then on one again: the losses of one process."""
+    (tmp_path / "mine.txt").write_text((trained / "mine.txt").read_text())
+    line = f"-m torch.distributed.run --standalone --nproc-per-node 2 -m gpt3lib.cli train --text mine.txt {SMALL}"
+    done = subprocess.run(
+        [sys.executable, *shlex.split(line), "--parallel.tp", "2"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "ranks       2: tp 2" in done.stdout, done.stderr
+    assert done.stdout.count("More of it") == 1  # one rank speaks
+    ours, theirs = losses(trained / "runs" / "mine"), losses(tmp_path / "runs" / "mine")
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    assert [float(row[2]) for row in ours] == pytest.approx([float(row[2]) for row in theirs], rel=1e-5)

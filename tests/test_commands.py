@@ -7,10 +7,22 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from gpt3lib.commands import FREE, ConvertConfig, EvalConfig, GenerateConfig, TokenizeConfig, TrainConfig, TuneConfig
+from gpt3lib.commands import (
+    FREE,
+    LAYOUT_ASKED,
+    ConvertConfig,
+    EvalConfig,
+    GenerateConfig,
+    PlanConfig,
+    TokenizeConfig,
+    TrainConfig,
+    TuneConfig,
+    torchrun_rank,
+    torchrun_ranks,
+)
 from gpt3lib.options import FIRST, ask, called
 
-CONFIGS = [TrainConfig, TuneConfig, GenerateConfig, EvalConfig, TokenizeConfig, ConvertConfig]
+CONFIGS = [TrainConfig, TuneConfig, GenerateConfig, EvalConfig, TokenizeConfig, PlanConfig, ConvertConfig]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -27,7 +39,7 @@ def test_every_field_is_explained(kind, capsys):
 
 
 def test_free_fields_are_fields():
-    assert {field.name for field in fields(TrainConfig)} > FREE
+    assert {field.name for field in fields(TrainConfig)} > FREE > set(LAYOUT_ASKED)
 
 
 def test_configs_are_frozen():
@@ -40,3 +52,19 @@ def test_configs_are_frozen():
 def test_no_torch_is_needed_to_know_the_options(module):
     code = f"import sys, gpt3lib.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_layout_is_typed_after_a_dot():
+    layout = {called(field): field.name for field in fields(TrainConfig) if field.name in LAYOUT_ASKED}
+    assert layout == {f"parallel.{name}": name for name in LAYOUT_ASKED}
+    same = {called(field) for field in fields(PlanConfig) if field.name in LAYOUT_ASKED}
+    assert same == {*layout} - {"parallel.chunks"}
+    assert ask(TrainConfig, ["--parallel.dp", "2", "--parallel.recompute=full"]) == TrainConfig(dp=2, recompute="full")
+
+
+def test_torchrun_tells_which_rank_this_is(monkeypatch):
+    assert (torchrun_ranks(), torchrun_rank()) == (0, 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert torchrun_ranks() == 0  # somebody else's word
+    monkeypatch.setenv("RANK", "3")
+    assert (torchrun_ranks(), torchrun_rank()) == (4, 3)
