@@ -143,11 +143,6 @@ class Rank:
         """The numbers that it computes with, gathered."""
         return self.count()
 
-    @cached_property
-    def one_layer(self) -> int:
-        """The numbers of one layer, gathered."""
-        return numbers(layer_shapes(self.config), self.layout.tp)
-
     def kept(self, kind: str, recompute: str | None = None) -> float:
         """Bytes that a micro-batch leaves in a layer of this kind."""
         layout = replace(self.layout, recompute=recompute or self.layout.recompute)
@@ -199,7 +194,8 @@ def moments(rank: Rank, n_micro: int) -> dict[str, dict[str, float]]:
     layout, several = rank.layout, n_micro > 1
     flight = min(n_micro, layout.pp - rank.stage)
     base = {"parameters": 4.0 * rank.held, "optimizer": 8.0 * rank.held}
-    ends, layer = rank.count(layers=False), rank.one_layer
+    ends = rank.count(layers=False)
+    layer = numbers(layer_shapes(rank.config), layout.tp)
     open_now = rank.whole if layout.pp > 1 else ends + 2 * layer
     gathered = rank.width * open_now if rank.gathers else 0.0
     summed = 4.0 * (rank.whole if several or not rank.gathers else rank.held)
@@ -226,6 +222,12 @@ def ledger(config, layout: Layout, n_micro: int, stage=0, blocks=False) -> dict:
     """Bytes that a rank of this stage holds at its fullest moment, line by line."""
     found = moments(Rank(config, layout, stage, blocks), n_micro)
     return max(found.values(), key=lambda lines: sum(lines.values()))
+
+
+def fullest(config, layout: Layout, n_micro: int) -> dict:
+    """The ledger of the fullest rank, which is on the first stage or on the last."""
+    found = [ledger(config, layout, n_micro, stage) for stage in {0, layout.pp - 1}]
+    return max(found, key=lambda lines: sum(lines.values()))
 
 
 def show_ledger(lines: dict) -> None:
@@ -272,29 +274,23 @@ def tensor_bytes(rank: Rank) -> float:
 
 def shard_bytes(rank: Rank, n_micro: int) -> float:
     """Bytes that a rank sends for FSDP in a step: weights, then gradients."""
-    layout, n = rank.layout, rank.layout.fsdp * rank.layout.cp
-    if layout.pp > 1:
-        gathers, sums = rank.whole, rank.whole
-    else:  # each micro-batch gathers the layers twice
-        layers = rank.count(ends=False)
-        ends, sums = rank.count(layers=False), rank.whole
-        gathers = n_micro * (ends + 2 * layers)
-    return (rank.width * gathers + 4 * sums) * (n - 1) / n
+    layout, n, gathers = rank.layout, rank.layout.fsdp * rank.layout.cp, rank.whole
+    if layout.pp == 1:  # each micro-batch gathers all, and for its gradients the layers
+        gathers = n_micro * (rank.whole + rank.count(ends=False))
+    return (rank.width * gathers + 4 * rank.whole) * (n - 1) / n
 
 
 def sent_bytes(rank: Rank, n_micro: int) -> dict[str, float]:
     """Bytes that a rank sends on each axis in a step; an all-reduce counts twice."""
     layout, n = rank.layout, rank.layout.dp
     stage = rank.n_tokens * rank.config.d_model * rank.width / layout.tp
-    shards = layout.fsdp * layout.cp
-    table = numbers(end_shapes(rank.config, *rank.ends)[:1], layout.tp, shards)
-    table *= layout.pp > 1  # both ends have it, and swap its gradient
-    ways = 2 - sum(rank.ends)
+    table = end_shapes(rank.config, *rank.ends)[: layout.pp > 1]  # the ends swap it
+    table = numbers(table, layout.tp, layout.fsdp * layout.cp)
     return {
         "tp": n_micro * tensor_bytes(rank),
         "shard": shard_bytes(rank, n_micro),
         "dp": 2 * 4 * rank.held * (n - 1) / n,
-        "pp": n_micro * ways * stage + 4 * table,
+        "pp": n_micro * (2 - sum(rank.ends)) * stage + 4 * table,
     }
 
 
@@ -324,27 +320,37 @@ def stage_flops(rank: Rank) -> float:
     return found * rank.n_tokens / layout.tp
 
 
+def moved_bytes(rank: Rank) -> float:
+    """Bytes that norms, GELUs and sums read and write for a micro-batch."""
+    widths = 19 * (3 + (rank.layout.recompute != "none"))  # backward is twice forward
+    one = rank.n_tokens * rank.config.d_model * rank.width / rank.layout.tp
+    return widths * one * len(rank.kinds)
+
+
 def predicted_seconds(config, layout: Layout, n_micro: int, machine: Machine) -> dict:
     """Seconds of a step, by what they go to; the slowest stage decides."""
     ranks = [Rank(config, layout, stage) for stage in {0, layout.pp - 1}]
     speed = machine.gpu.peak * machine.efficiency
-    fast = machine.link(layout.tp)
+    fast, memory = machine.link(layout.tp), machine.gpu.bandwidth
     shards = layout.tp * layout.fsdp * layout.cp
-    slots = [(stage_flops(r) / speed, tensor_bytes(r) / fast) for r in ranks]
-    work, talk = max(slots, key=sum)
+    slots = [
+        (stage_flops(r) / speed, moved_bytes(r) / memory, tensor_bytes(r) / fast)
+        for r in ranks
+    ]
+    work, rest, talk = max(slots, key=sum)
     sent = sent_bytes(ranks[0], n_micro)
     shard = sent["shard"] / machine.link(shards)
     if layout.pp == 1:  # the next layer is gathered while this one is computed
         shard = max(0.0, shard - n_micro * work)
-    moved = 28 * ranks[0].held  # bytes that AdamW reads and writes
     return {
         "products": n_micro * work,
+        "norms, GELUs": n_micro * rest,
         "tensor parallel": n_micro * talk,
-        "bubble": (layout.pp - 1) * (work + talk),
+        "bubble": (layout.pp - 1) * (work + rest + talk),
         "stages": sent["pp"] / machine.network,
         "shards": shard,
         "replicas": sent["dp"] / machine.link(shards * layout.dp),
-        "update": moved / machine.gpu.bandwidth,
+        "update": 28 * ranks[0].held / memory,  # what AdamW reads and writes
     }
 
 
@@ -361,10 +367,7 @@ class Proposal:
 def weigh(config, layout: Layout, n_sequences: int, machine: Machine) -> Proposal:
     """What a layout needs. Raises PlanError when the batch leaves a rest."""
     n_micro = check_micro(layout, n_sequences)
-    full = max(
-        sum(ledger(config, layout, n_micro, stage).values())
-        for stage in {0, layout.pp - 1}
-    )
+    full = sum(fullest(config, layout, n_micro).values())
     seconds = sum(predicted_seconds(config, layout, n_micro, machine).values())
     return Proposal(layout, n_micro, full, seconds)
 
@@ -378,19 +381,19 @@ def candidates(config, world, n_sequences, per_node, told: dict) -> Iterator[Lay
     Without a word of cp, there is no context parallelism.
     """
     limits = {"cp": 1} | told
+    sizes = [told["micro_batch"]] if "micro_batch" in told else [1, 2, 4, 8]
+    ways = [told["recompute"]] if "recompute" in told else [*KEPT_NUMBERS]
     for found in layouts(config, world, n_sequences):
         if any(getattr(found, axis) != n for axis, n in limits.items() if axis in AXES):
             continue
         if found.tp > per_node and "tp" not in told:
             continue
         share = n_sequences // found.data
-        for size in (told["micro_batch"],) if "micro_batch" in told else (1, 2, 4, 8):
+        for size in sizes:
             if share % size == 0 and share // size >= found.pp:
-                for way in (
-                    (told["recompute"],) if "recompute" in told else KEPT_NUMBERS
-                ):
-                    ways = {"recompute": way, "micro_batch": size, "bf16": True}
-                    yield replace(found, **ways)
+                for way in ways:
+                    how = {"recompute": way, "micro_batch": size, "bf16": True}
+                    yield replace(found, **how)
 
 
 def propose(config, world, n_sequences, machine: Machine, **told) -> list[Proposal]:
@@ -441,17 +444,14 @@ def bill(one: Proposal, shape, n_sequences: int, n_tokens, n_gpus, machine) -> d
     seconds = n_tokens / batch * one.seconds
     mfu = 6 * n_params(shape) * batch / (one.seconds * n_gpus * gpu.peak)
     energy = n_gpus * gpu.watts * POWER * seconds / 3.6e9
-    dollars = n_gpus * gpu.price * seconds / 3600
-    return {"MFU": mfu, "days": seconds / 86_400, "MWh": energy, "dollars": dollars}
+    paid = n_gpus * gpu.price * seconds / 3600
+    return {"MFU": mfu, "days": seconds / 86_400, "MWh": energy, "dollars": paid}
 
 
 def show_plan(one: Proposal, shape, machine: Machine, costs: dict) -> None:
     """Print a layout's memory, messages, time and costs, and where each is from."""
     layout, n_micro = one.layout, one.n_micro
-    lines = max(
-        (ledger(shape, layout, n_micro, stage) for stage in {0, layout.pp - 1}),
-        key=lambda found: sum(found.values()),
-    )
+    lines = fullest(shape, layout, n_micro)
     sent = sent_bytes(Rank(shape, layout), n_micro)
     seconds, gpu = predicted_seconds(shape, layout, n_micro, machine), machine.gpu
     sheet = f"data sheet [{gpu.source}]"
@@ -483,8 +483,8 @@ def run_plan(config) -> tuple[GPTConfig, Proposal]:
     """
     shape, n_sequences, n_tokens = batch_of(config)
     n_gpus, machine = PlanError.unless_whole("gpus", config.gpus), machine_of(config)
-    told = {name: getattr(config, name) for name in TOLD}
-    told = {name: value for name, value in told.items() if value is not None}
+    told = [(name, getattr(config, name)) for name in TOLD]
+    told = {name: value for name, value in told if value is not None}
     fits = propose(shape, n_gpus, n_sequences, machine, **told)
     told = f"{config.size} on {n_gpus:,} × {config.gpu}, {n_tokens:.3g} tokens"
     print(f"{told}, {n_sequences:,} × {shape.n_ctx:,} a step")
