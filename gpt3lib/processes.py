@@ -3,6 +3,7 @@ that names the rank."""
 
 # Made from book/n_processes.ipynb by tools/export.py; edit the chapter.
 import ast
+import faulthandler
 import inspect
 import io
 import linecache
@@ -118,9 +119,19 @@ def from_bytes(packed: bytes):
     return torch.load(io.BytesIO(packed), weights_only=True)
 
 
+def is_there(pid: int) -> bool:
+    """Whether a process lives; True where one cannot ask."""
+    try:
+        return os.name != "posix" or os.kill(pid, 0) is None
+    except ProcessLookupError:
+        return False
+
+
 def leave_with_parent() -> None:
     """End this process when the one that started it is gone."""
-    connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    while is_there(parent.pid) and not connection.wait([parent.sentinel], 1):
+        pass
     os._exit(1)
 
 
@@ -140,6 +151,8 @@ def one_rank(pipe, source: str, task: bytes, *meeting) -> None:
     source: what the task needs of a notebook; task: a function and its arguments.
     """
     threading.Thread(target=leave_with_parent, daemon=True).start()
+    # and where no thread of Python gets its turn any more, this one does
+    faulthandler.dump_traceback_later(meeting[-1] + 120, exit=True)
     torch.set_num_threads(1)
     try:
         exec(source, vars(sys.modules["__main__"]))
