@@ -1,5 +1,6 @@
 """The plan: shapes against the model, kept tensors against autograd, bills against the article and the paper."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from gpt3lib.plan import (
 )
 from gpt3lib.recipe import TABLE_BATCHES
 from gpt3lib.scaling import n_params
+from gpt3lib.texts import DATA
 
 BIG = GPTConfig.from_name("gpt3-175b")
 SMALL = GPTConfig(1000, 128, 6, 64, 4, 16, bandwidth=32)
@@ -230,3 +232,44 @@ def test_other_wrong_questions():
         weigh(BIG, EIGHT, 1535, H100)
     with pytest.raises(PlanError, match="no GPU"):
         find_gpu("cray-1")
+
+
+def test_the_loss_needs_logits_or_a_gradient_of_the_table():
+    n, d, rows = 2048, BIG.d_model, 6283  # of 50,257 on the first of eight
+    assert plan.loss_bytes(Rank(BIG, EIGHT, 7)) == n * d * 2 * 9 / 8 + 16 * n * rows
+    assert plan.loss_bytes(Rank(BIG, EIGHT, 6)) == 0
+    alone = replace(EIGHT, tp=1)
+    pieces = 256 * 50257 * 6 + 4 * d * (n + 50257)
+    assert plan.loss_bytes(Rank(BIG, alone, 7)) == n * d * 2 * 2 + pieces
+
+
+def test_nine_stored_traces_agree_with_bytes_flops_and_messages():
+    rows = json.loads((DATA / "experiments" / "traces.json").read_text())["traces"]
+    for row in rows:
+        config, layout, trace = GPTConfig.from_name(row["size"]), Layout(**row["layout"]), row["trace"]
+        rank = Rank(config, layout, row["stage"], blocks=True)
+        assert (4 * rank.held, 8 * rank.held) == pytest.approx((trace["parameters"], trace["optimizer"]), rel=1e-3)
+        assert rank.activations == pytest.approx(trace["activations"], rel=0.005)
+        peak = sum(ledger(config, layout, row["n_micro"], row["stage"], blocks=True).values())
+        assert peak == pytest.approx(trace["peak"], rel=0.035)
+        sent = sent_bytes(rank, row["n_micro"])
+        for axis, size in sent.items():
+            assert size == pytest.approx(trace["sent"].get(axis, 0), rel=0.035, abs=1e5), (row["size"], axis)
+        flops = plan.stage_flops(rank) * row["n_micro"]
+        assert flops == pytest.approx(trace["flops"], rel=0.035), row["size"]
+
+
+SHEETS = {  # FLOP/s in 16 bits, GB, GB/s of memory, GB/s of NVLink both ways, watts: data sheets of the SXM cards
+    "a100-40gb": (312e12, 40, 1555, 600, 400),
+    "a100-80gb": (312e12, 80, 2039, 600, 400),
+    "h100-80gb": (989e12, 80, 3350, 900, 700),
+    "h200-141gb": (989e12, 141, 4800, 900, 700),
+    "v100-32gb": (125e12, 32, 900, 300, 300),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SHEETS))
+def test_a_gpu_is_as_its_data_sheet_says(name):
+    gpu = GPUS[name]
+    assert (gpu.peak, gpu.memory, gpu.bandwidth / 1e9, 2 * gpu.link / 1e9, gpu.watts) == SHEETS[name]
+    assert set(SHEETS) == set(GPUS) and gpu.price > 0
