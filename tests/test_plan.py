@@ -63,6 +63,7 @@ def test_the_first_rank_has_the_first_piece_of_each_tensor(tp, shards):
         wanted += piece.chunk(shards, 0)[0].numel()
     assert Rank(SMALL, Layout(fsdp=shards, tp=tp)).held == wanted
     assert numbers([((7, 5), 0), ((5,), None)], tp=2, shards=3) == 2 * 5 + 2
+    assert numbers([((4, 7), 1)], tp=2) == 4 * 4 and numbers([((7, 5), 0), ((5,), None)]) == 40
 
 
 def saved_bytes(block: nn.Module, x: torch.Tensor) -> int:
@@ -123,6 +124,32 @@ def test_memory_grows_and_shrinks_as_it_must():
     assert total(replace(EIGHT, fsdp=1, dp=16)) > total(EIGHT) > total(replace(EIGHT, fsdp=32))
     assert total(EIGHT, n_micro=96) == total(EIGHT, n_micro=9) >= total(EIGHT)
     assert total(Layout(fsdp=8, **ONE), 1, config=SMALL) < total(Layout(fsdp=8, **ONE), 2, config=SMALL)
+
+
+def test_gradients_are_summed_whole_only_while_several_micro_batches_come():
+    layout = Layout(fsdp=8, **ONE)
+    rank = Rank(SMALL, layout)
+    once, twice = plan.moments(rank, 1), plan.moments(rank, 2)
+    assert once["backward's end"]["gradients"] == 4 * rank.held and "middle" not in once
+    assert twice["backward's end"]["gradients"] == twice["middle"]["gradients"] == 4 * rank.whole
+    assert twice["update"]["gradients"] == 4 * rank.held
+    layer, ends = numbers(layer_shapes(SMALL)), rank.count(layers=False)
+    assert once["first backward"]["gathered"] == 2 * (ends + 2 * layer)
+    assert once["sum over ranks"]["working"] == 4 * max(layer, ends)
+    plain = plan.moments(Rank(SMALL, Layout(tp=2)), 1)
+    assert plain["first backward"]["gathered"] == plain["sum over ranks"]["working"] == 0
+    assert plain["backward's end"]["gradients"] == 4 * Rank(SMALL, Layout(tp=2)).whole
+
+
+def test_gathers_hide_behind_products_where_there_is_no_pipeline():
+    layout, slow = Layout(fsdp=16, **ONE), replace(H100, network=1e9)
+    rank = Rank(SMALL, layout)
+    seconds = predicted_seconds(SMALL, layout, 4, slow)
+    assert seconds["shards"] == pytest.approx(plan.shard_bytes(rank, 4) / 1e9 - seconds["products"])
+    assert seconds["update"] == 28 * rank.held / 3.35e12 and seconds["bubble"] == 0
+    assert predicted_seconds(SMALL, layout, 4, replace(H100, network=1e15))["shards"] == 0
+    copies = predicted_seconds(SMALL, replace(layout, dp=2), 4, slow)
+    assert copies["replicas"] == pytest.approx(4 * rank.held / 1e9)
 
 
 def test_what_is_sent_by_hand():
@@ -272,4 +299,5 @@ SHEETS = {  # FLOP/s in 16 bits, GB, GB/s of memory, GB/s of NVLink both ways, w
 def test_a_gpu_is_as_its_data_sheet_says(name):
     gpu = GPUS[name]
     assert (gpu.peak, gpu.memory, gpu.bandwidth / 1e9, 2 * gpu.link / 1e9, gpu.watts) == SHEETS[name]
-    assert set(SHEETS) == set(GPUS) and gpu.price > 0
+    prices = {"a100-40gb": 1.5, "a100-80gb": 1.8, "h100-80gb": 2.5, "h200-141gb": 3.0, "v100-32gb": 1.5}
+    assert set(SHEETS) == set(GPUS) and gpu.price == prices[name]  # assumed; the V100's is the article's
