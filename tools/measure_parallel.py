@@ -1,11 +1,11 @@
-"""The whole grid of layouts: every mix of two and four ranks, with every switch, beside one process.
+"""The whole grid of layouts beside one process, ten kills, nine traces: what the suite has no time for.
 
 python tools/measure_parallel.py                     writes data/experiments/parallel.json; an hour on two cores
 python tools/measure_parallel.py --only stages       one check; the others keep what the file has of them
 python tools/measure_parallel.py --to again.json
 
-The test suite has each mix once or twice, in covering pairs; this is for a machine that has the time. Exit 1 when a
-check fails. A check is a function in CHECKS: it returns rows, dicts of numbers and words, and raises AssertionError.
+The test suite has each mix once or twice, in covering pairs, and one kill and one trace. Exit 1 when a check fails.
+A check is a function in CHECKS: it returns rows, dicts of numbers and words, and raises AssertionError.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import itertools
 import json
 import platform
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -25,6 +26,8 @@ from gpt3lib.processes import together
 from gpt3lib.texts import DATA
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import deadly_ranks
+import measure_traces
 import ranks
 import teams
 
@@ -77,7 +80,38 @@ def with_stages() -> list[dict]:
     return grid(WITH, chunks=(1, 2))
 
 
-CHECKS = {"mixes": without_stages, "stages": with_stages}
+def ten_kills() -> list[dict]:
+    """A random rank of two is shot at a random moment: the run ends as the one that nobody touched, to the last bit."""
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        right = Path(place) / "right"
+        calm = deadly_ranks.torchrun(2, right, '{"fsdp": 2}')
+        assert calm.returncode == 0, calm.stdout[-3000:]
+        for seed in range(10):
+            rank, step = deadly_ranks.kill_at_random(Path(place) / str(seed), seed)
+            wrong = deadly_ranks.differences(Path(place) / str(seed), right)
+            assert not wrong, f"seed {seed}, rank {rank} shot behind step {step}: {', '.join(wrong)} differ"
+            rows.append({"seed": seed, "rank": rank, "behind step": step})
+            print(rows[-1], flush=True)
+    return rows
+
+
+TRACED = {"parameters": 0.01, "optimizer": 0.01, "activations": 0.01, "peak": 0.05}  # how far the plan may be off
+
+
+def nine_traces() -> list[dict]:
+    """Three sizes in three layouts each, traced on ranks that are not there, beside the plan's bytes."""
+    rows = []
+    for found in measure_traces.nine_traces():
+        off = {name: round(share, 4) for name, share in measure_traces.off(found).items()}
+        layout = str(Layout(**found["layout"]))
+        rows.append({"size": found["size"], "layout": layout, "cpu seconds": found["cpu_seconds"], "off": off})
+        far = [name for name, limit in TRACED.items() if abs(off[name]) > limit]
+        assert not far, f"{rows[-1]}: {', '.join(far)}"
+    return rows
+
+
+CHECKS = {"mixes": without_stages, "stages": with_stages, "kills": ten_kills, "traces": nine_traces}
 
 
 def main() -> int:
