@@ -136,6 +136,9 @@ def test_gradients_are_summed_whole_only_while_several_micro_batches_come():
     layer, ends = numbers(layer_shapes(SMALL)), rank.count(layers=False)
     assert once["first backward"]["gathered"] == 2 * (ends + 2 * layer)
     assert once["sum over ranks"]["working"] == 4 * max(layer, ends)
+    assert once["sum over ranks"]["activations"] == 0 and once["sum over ranks"]["gathered"] == 2 * (ends + 2 * layer)
+    assert plan.table_surplus(Rank(BIG, EIGHT)) == (50257 + 2048) * BIG.d_model * 7 / 8
+    assert plan.table_surplus(Rank(BIG, EIGHT, 3)) == plan.table_surplus(rank) == 0
     plain = plan.moments(Rank(SMALL, Layout(tp=2)), 1)
     assert plain["first backward"]["gathered"] == plain["sum over ranks"]["working"] == 0
     assert plain["backward's end"]["gradients"] == 4 * Rank(SMALL, Layout(tp=2)).whole
@@ -216,6 +219,10 @@ def test_the_command_marks_each_number(capsys):
     assert named["parameters"].endswith("computed") and named["days"].endswith("predicted")
     assert named["FLOPs"].startswith("3.14e+23") and named["price"] == "$2.50 an hour assumed"
     days = float(named["days"].split()[0])
+    mfu = 6 * n_params(BIG) * 300e9 / (days * 86_400 * 1024 * 989e12)
+    assert float(named["MFU"].split("%")[0]) == pytest.approx(100 * mfu, abs=0.6)
+    taken = ("peak", "NVLink", "power", "efficiency", "network", "price")
+    assert [row[0] for row in rows[-6:]] == [*taken] and named["peak"].startswith("989 TFLOP/s")
     assert float(named["dollars"].split()[0].replace(",", "")) == pytest.approx(1024 * 24 * 2.5 * days, rel=0.02)
     assert float(named["MWh"].split()[0].replace(",", "")) == pytest.approx(1024 * 0.84 * 24 * days / 1000, rel=0.02)
 
