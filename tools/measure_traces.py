@@ -1,6 +1,6 @@
 """What the chapter The dry run shows: one rank's step, three sizes in three layouts each, on ranks that are not there.
 
-python tools/measure_traces.py                  writes data/experiments/traces.json; about ten minutes on one free core
+python tools/measure_traces.py                  writes data/experiments/traces.json; about four minutes on one free core
 python tools/measure_traces.py --only gpt3-1.3b one size; the others stay as they are
 
 Bytes, FLOPs and messages are the same on every machine with this torch; seconds and the process's own memory are not.
