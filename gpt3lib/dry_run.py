@@ -260,7 +260,7 @@ def check_plan_of(config, proposal) -> Trace:
         "activations": (rank.activations, trace.activations),
         "peak": (peak, trace.peak),
     }
-    print(f"a dry run of rank 0, {n_micro} micro-batches, in GiB: planned, measured")
+    print(f"a dry run of rank 0, {n_micro} micro-batches, in GiB: planned, traced")
     for name, sizes in rows.items():
         print(f"  {name:12}", *(f"{size / 2**30:8.3f}" for size in sizes))
     return trace

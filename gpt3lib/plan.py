@@ -322,7 +322,7 @@ def stage_flops(rank: Rank) -> float:
 
 def moved_bytes(rank: Rank) -> float:
     """Bytes that norms, GELUs and sums read and write for a micro-batch."""
-    widths = 19 * (3 + (rank.layout.recompute != "none"))  # backward is twice forward
+    widths = 18 * (3 + (rank.layout.recompute != "none"))  # backward is twice forward
     one = rank.n_tokens * rank.config.d_model * rank.width / rank.layout.tp
     return widths * one * len(rank.kinds)
 
