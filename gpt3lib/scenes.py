@@ -303,7 +303,7 @@ PARTS = {  # part of the map -> its chapter, the role of its colour, its words
     "pipeline": ("18_pipelines", "weight", "Pipelines"),
     "elastic": ("19_many_machines", "label", "Many machines"),
     "plan": ("20_planning", "output", "Planning 175B"),
-    "dry_run": ("20b_dry_run", "output", "A dry run"),
+    "dry_run": ("20b_dry_run", "output", "The dry run"),
     "prompting": ("21_prompting", "input", "Prompting"),
     "evaluation": ("22_evaluation", "output", "Evaluation"),
     "finetuning": ("23_finetuning", "weight", "Fine-tuning"),
