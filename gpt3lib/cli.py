@@ -109,6 +109,9 @@ def check_train(config: TrainConfig) -> None:
     for name in (*AXES_ASKED, "chunks"):
         if (n := getattr(config, name)) is not None and n < 1:
             raise CommandError(f"--parallel.{name} is {n}; it must be 1 or more")
+    if (config.chunks or 1) > 1 and (config.pp or 1) == 1:
+        words = f"--parallel.chunks {config.chunks} needs --parallel.pp 2 or more"
+        raise CommandError(f"{words}: it cuts a pipeline's stages")
     if config.minutes is not None and not 0 < config.minutes < 1e6:
         raise CommandError(f"--minutes is {config.minutes}; it must be above 0")
 
@@ -175,9 +178,11 @@ def begin(config: TrainConfig) -> tuple:
         if again := path.exists():
             texts, config = config.text, with_stored(config, path)
             check_ranks(config, f"--out {shlex.quote(config.out)}", again)
+            check_samples(config)
             if texts:  # are they what they were?
                 own_text.prepare_text(texts, path.parent, config.vocab_size)
         else:
+            check_samples(config)
             if torchrun_ranks() and config.size:  # before a text is read for an hour
                 shape = own_text.plan_model(config)
                 own_text.layout_of(config, shape, torchrun_ranks())
@@ -362,6 +367,14 @@ def check_ranks(config: TrainConfig, words: str, again: bool = False) -> None:
         raise CommandError(f"{told} needs {need} of torchrun: {right}")
 
 
+def check_samples(config: TrainConfig) -> None:
+    """Raise CommandError for samples of a run on several ranks."""
+    if torchrun_ranks() and config.sample_every:
+        words = f"--sample_every {config.sample_every} is for one process; on several"
+        right = "give --sample_every 0; `gpt3 generate` reads the newest checkpoint"
+        raise CommandError(f"{words} {right}")
+
+
 def train_together(config: TrainConfig) -> None:
     """What `gpt3 train` does on each rank of torchrun; the first one speaks."""
     from gpt3lib import own_text
@@ -420,6 +433,8 @@ def act(arguments: list[str]) -> None:
     if name not in COMMANDS:
         names = ", ".join(COMMANDS)
         raise CommandError(f"no command {name!r}; there are {names}: see `gpt3 --help`")
+    if name != "train" and torchrun_ranks() > 1:
+        raise CommandError(f"gpt3 {name} runs in one process; leave torchrun away")
     parse, do = COMMANDS[name]
     do(parse(options))
 
@@ -462,5 +477,5 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-if __name__ == "__main__" and __spec__:  # python -m gpt3lib.cli, no notebook
-    sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():  # in no notebook
+    sys.exit(main() if __spec__ else "gpt3: start it as python -m gpt3lib.cli")

@@ -75,12 +75,13 @@ FREE = set(
 
 def torchrun_ranks() -> int:
     """How many processes torchrun has started of this command; 0 without it."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 0
+    told = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    return int(told[2]) if all(map(str.isdecimal, told)) else 0  # it tells all three
 
 
 def torchrun_rank() -> int:
     """Which of them this is, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if torchrun_ranks() else 0
 
 
 LORA_HELP = (

@@ -583,6 +583,7 @@ def test_questions_become_a_table_and_files(trained, capfd, monkeypatch):
             "-m gpt3lib.cli train gpt3-1m --data a b --bf16 --parallel.dp=2 --parallel.tp=2\n",
         ),
         ("--parallel.recompute full", "--parallel.recompute full needs a process of torchrun: torchrun --nproc"),
+        ("--parallel.chunks 2", "--parallel.chunks 2 needs --parallel.pp 2 or more"),
     ],
 )
 @pytest.mark.parametrize("world", ["", "1"])
@@ -614,7 +615,7 @@ def torchrun(monkeypatch):
     monkeypatch.setattr("gpt3lib.elastic.learn_together", lambda *parts, layout: played.learn_together(*parts, layout))
 
     def begin(rank, world):
-        for name, value in {"RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}.items():
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}.items():
             monkeypatch.setenv(name, str(value))
         return played
 
@@ -692,6 +693,29 @@ def test_all_ranks_together_have_more_memory_and_are_faster(torchrun, monkeypatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert own_text.on_all_ranks(8, 2.0, cpu) == (3 * 8, 6 * 2.0) and own_text.on_all_ranks(8, 2.0, gpu) == (48, 12.0)
     assert own_text.on_all_ranks(None, 2.0, cpu) == (None, 12.0)
+
+
+def test_several_ranks_refuse_samples_before_any_text_is_read(trained, torchrun, capfd, monkeypatch, tmp_path):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    torchrun(0, 2)
+    code, _, error = gpt3("train --text no.txt --sample_every 5", capfd)
+    assert code == 2 and "give --sample_every 0" in error and not Path("runs/no").exists()
+    code, _, error = gpt3("train --out runs/mine --sample_every 5", capfd)
+    assert code == 2 and "give --sample_every 0" in error
+    assert gpt3("train --out runs/mine --sample_every 0", capfd)[0] == 0
+
+
+def test_other_commands_run_in_one_process(torchrun, capfd):
+    torchrun(0, 2)
+    for name in ("generate", "eval", "tokenize", "plan", "convert"):
+        code, _, error = gpt3(name, capfd)
+        assert code == 2 and error == f"gpt3: gpt3 {name} runs in one process; leave torchrun away\n"
+
+
+def test_a_file_that_is_started_as_a_script_says_how_to_start_it():
+    done = subprocess.run([sys.executable, cli.__file__, "train"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "gpt3: start it as python -m gpt3lib.cli\n"
 
 
 def test_a_plan_says_what_a_run_would_take(capfd, monkeypatch):

@@ -67,4 +67,8 @@ def test_torchrun_tells_which_rank_this_is(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert torchrun_ranks() == 0  # somebody else's word
     monkeypatch.setenv("RANK", "3")
+    assert (torchrun_ranks(), torchrun_rank()) == (0, 0)  # torchrun would tell all three
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert (torchrun_ranks(), torchrun_rank()) == (4, 3)
+    monkeypatch.setenv("RANK", "abc")
+    assert (torchrun_ranks(), torchrun_rank()) == (0, 0)
