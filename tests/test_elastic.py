@@ -184,14 +184,29 @@ def damaged(folder):
         return [*found, str(error)]
 
 
+def spoil(checkpoint: Path) -> None:
+    """Flip a bit of the second rank's weights."""
+    path = checkpoint / "shard-00002-model-00001-of-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def test_what_is_damaged_for_one_rank_is_damaged_for_all(calm, tmp_path):
     place = shutil.copytree(calm, tmp_path / "run")
     newest = Store(place).checkpoints()
-    data = bytearray((newest[-1] / "shard-00002-model-00001-of-00001.safetensors").read_bytes())
-    data[len(data) // 2] ^= 1
-    (newest[-1] / "shard-00002-model-00001-of-00001.safetensors").write_bytes(data)
+    spoil(newest[-1])
     for number, words in together(2, damaged, str(place)):
         assert number == int(newest[-2].name.split("-")[1]) and words.startswith("no checkpoint is whole: ")
+
+
+def test_what_is_damaged_is_set_aside_and_written_again(calm, tmp_path):
+    place = shutil.copytree(calm, tmp_path / "run")
+    newest = Store(place).checkpoints()[-1]
+    spoil(newest)
+    together(2, share, str(place), {"fsdp": 2})
+    assert [path.name.rsplit("-", 1)[0] for path in place.glob("damaged-*")] == [f"damaged-{newest.name}"]
+    assert Store(place).latest().folder.name == newest.name
 
 
 # --- spikes and refusals ---
