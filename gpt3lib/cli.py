@@ -472,8 +472,9 @@ def main(arguments: list[str] | None = None) -> int:
         who = f"gpt3: rank {rank}" if rank else "gpt3"
         print(f"{who}: {words}", file=sys.stderr)
         if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # for torchrun's table
-            told = {"message": f"{who}: {words}", "timestamp": int(time.time())}
-            Path(place).write_text(json.dumps(told))
+            about = {"py_callstack": words, "timestamp": str(int(time.time()))}
+            told = {"message": f"{who}: {words}", "extraInfo": about}
+            Path(place).write_text(json.dumps({"message": told}))
         return 2
 
 
