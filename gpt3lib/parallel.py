@@ -33,7 +33,7 @@ from torch.utils.checkpoint import (
 )
 
 from gpt3lib.files import Refusal
-from gpt3lib.model import GPT, initialise
+from gpt3lib.model import GPT, GPTConfig, initialise
 
 
 # What a layout refuses; the workshop at the end of this page has a table of it.
@@ -47,13 +47,16 @@ RECOMPUTE = ("none", "selective", "full")
 
 def faults(layout: "Layout", config, n_sequences=None, n_ctx=None) -> list[str]:
     """What does not divide; n_sequences: of a batch, n_ctx: of a sequence."""
-    pieces, length = layout.cp * layout.tp, n_ctx or config.n_ctx
+    pieces, length = layout.cp * layout.tp, config.n_ctx if n_ctx is None else n_ctx
     heads, n_layers, data = config.n_heads, config.n_layers, layout.data
     n_stages = layout.pp * layout.chunks
     stages = f"pp={layout.pp}" + f" · chunks={layout.chunks}" * (layout.chunks > 1)
     few = f"{stages} needs {n_stages} layers at least; the model has {n_layers}"
+    rows, n_ids = -(-config.vocab_size // layout.tp), config.vocab_size  # of a rank
+    short = f"tp={layout.tp} leaves a rank no row of a vocabulary of {n_ids}"
     rules = [
         (heads % layout.tp, f"tp={layout.tp} does not divide {heads} heads"),
+        (rows * (layout.tp - 1) >= n_ids, short),
         (length % pieces, f"cp·tp={pieces} does not divide a sequence of {length}"),
         (n_stages > n_layers, few),
         (layout.chunks > 1 == layout.pp, f"chunks={layout.chunks} needs pp above 1"),
@@ -87,16 +90,37 @@ def distance(a: "Layout", b: "Layout") -> float:
     return sum(abs(math.log2(getattr(a, x) / getattr(b, x))) for x in AXES)
 
 
+def check_axes(layout) -> None:
+    """Raise LayoutError unless it is a Layout of whole numbers above 0."""
+    words = f"layout is {layout!r}; it must be a Layout, such as Layout(fsdp=2)"
+    LayoutError.unless(isinstance(layout, Layout), words)
+    for axis in (*AXES, "chunks", "micro_batch"):
+        LayoutError.unless_whole(axis, getattr(layout, axis))
+    words = f"recompute is {layout.recompute!r}; there are {', '.join(RECOMPUTE)}"
+    LayoutError.unless(layout.recompute in RECOMPUTE, words)
+
+
+def check_batch(config, world: int, n_sequences=None, n_ctx=None) -> None:
+    """Raise LayoutError unless it is a config, and the numbers are some for it."""
+    right = "a GPTConfig, such as GPTConfig.from_name('gpt3-1m')"
+    words = f"config is {config!r}; it must be {right}"
+    LayoutError.unless(isinstance(config, GPTConfig), words)
+    LayoutError.unless_whole("world", world)
+    for name, value in (("n_sequences", n_sequences), ("n_ctx", n_ctx)):
+        if value is not None:
+            LayoutError.unless_whole(name, value)
+    words = f"n_ctx is {n_ctx}; the model reads {config.n_ctx} tokens at most"
+    LayoutError.unless(n_ctx is None or n_ctx <= config.n_ctx, words)
+
+
 def check_layout(layout, config, world: int, n_sequences=None, n_ctx=None) -> None:
     """Raise LayoutError, with the nearest layouts that work, unless all divides.
 
     world: the number of ranks; n_sequences: of a batch; n_ctx: of a sequence, that of
     the config if not said.
     """
-    for axis in (*AXES, "chunks", "micro_batch"):
-        LayoutError.unless_whole(axis, getattr(layout, axis))
-    words = f"recompute is {layout.recompute!r}; there are {', '.join(RECOMPUTE)}"
-    LayoutError.unless(layout.recompute in RECOMPUTE, words)
+    check_axes(layout)
+    check_batch(config, world, n_sequences, n_ctx)
     found = faults(layout, config, n_sequences, n_ctx)
     if layout.world != world:
         found.insert(0, f"{layout} needs {layout.world} ranks, and there are {world}")
@@ -105,6 +129,14 @@ def check_layout(layout, config, world: int, n_sequences=None, n_ctx=None) -> No
         near = sorted(near, key=partial(distance, layout))[:3]
         names = "; ".join(map(str, near)) or f"none on {world} ranks"
         raise LayoutError(f"{'; '.join(found)}. The nearest that work: {names}")
+
+
+def check_met(layout) -> None:
+    """Raise LayoutError unless it is for as many ranks as have met."""
+    check_axes(layout)
+    n = dist.get_world_size() if dist.is_initialized() else layout.world
+    words = f"{layout} needs {layout.world} ranks, and there are {n}"
+    LayoutError.unless(n == layout.world, words)
 
 
 @dataclass(frozen=True)
@@ -151,6 +183,7 @@ class Grid:
     """
 
     def __init__(self, layout: Layout, device: str = "cpu"):
+        check_met(layout)
         n, kind = layout, torch.device(device).type
         self.layout, self.device = layout, torch.device(device)
         shape, names = (n.pp, n.dp, n.fsdp * n.cp, n.tp), ("pp", "dp", "shard", "tp")

@@ -18,12 +18,14 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from gpt3lib.files import as_float
 from gpt3lib.hooks import needs_torch
-from gpt3lib.model import GPT, chunked_loss
+from gpt3lib.model import GPT, check_beginning, chunked_loss
 from gpt3lib.parallel import (
     Grid,
     LayoutError,
     Sequence,
+    check_axes,
     check_layout,
     local,
     materialise,
@@ -40,12 +42,19 @@ def check_plan(p: int, m: int, v: int = 1) -> None:
         LayoutError.unless_whole(name, value)
 
 
-def check_cuts(n_layers: int, n: int) -> None:
+def check_cuts(n_layers: int, n: int, way_out: float) -> None:
     """Raise LayoutError unless each of n parts gets a layer."""
     LayoutError.unless_whole("n_layers", n_layers)
     LayoutError.unless_whole("the number of parts", n)
     words = f"{n_layers} layers do not fill {n} parts; each needs one at least"
     LayoutError.unless(n <= n_layers, words)
+    words = f"way_out is {way_out!r}; it must be a number of layers, 0 or more"
+    LayoutError.unless(0 <= as_float(way_out) < math.inf, words)
+
+
+def check_boxes(orders: list) -> None:
+    """Raise LayoutError unless a rank has a box."""
+    LayoutError.unless(any(orders), "no rank has a box; give a list of them for each")
 
 
 def check_moved(before: int, now: int) -> None:
@@ -56,12 +65,23 @@ def check_moved(before: int, now: int) -> None:
 
 def check_team_rows(inputs, targets, wanted: int, layout) -> None:
     """Raise LayoutError unless these are this rank's rows, and their columns divide."""
+    pair = inputs, targets
+    shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else () for x in pair]
+    words = f"inputs {shapes[0]} and targets {shapes[1]} must have one shape, (B, T)"
+    LayoutError.unless(shapes[0] == shapes[1] and len(shapes[0]) == 2, words)
     words = f"{len(inputs)} rows of inputs and {len(targets)} of targets; "
-    fine = len(inputs) == len(targets) == wanted
-    LayoutError.unless(fine, f"{words}this rank's share is {wanted}, see Team.rows")
+    words += f"this rank's share is {wanted}, see Team.rows"
+    LayoutError.unless(len(inputs) == wanted, words)
     n, pieces = inputs.shape[1], layout.cp * layout.tp
     words = f"cp · tp = {pieces} does not divide a sequence of {n} tokens"
     LayoutError.unless(n % pieces == 0, words)
+
+
+def check_held(batches: list, rows: slice) -> None:
+    """Raise LayoutError unless micro-batches hold this rank's share of the rows."""
+    held, wanted = sum(len(x) * w for x, _, w in batches), rows.stop - rows.start
+    words = f"{len(batches)} micro-batches hold {held:g} rows; this rank's share is "
+    LayoutError.unless(batches and held == wanted, f"{words}{wanted}, see Team.rows")
 
 
 class Table(nn.Module):
@@ -129,6 +149,7 @@ SLOTS = {"F": 1, "B": 1}  # how long a box takes
 
 def timetable(orders: list[list[Box]], cost: dict = SLOTS) -> dict[Box, tuple]:
     """Box -> (begin, end), when every rank does its list as early as it can."""
+    check_boxes(orders)
     n_parts = 1 + max(box.part for order in orders for box in order)
     times, todo = {}, [list(order) for order in orders]
     free = [0] * len(orders)  # from when on a rank has nothing to do
@@ -222,7 +243,7 @@ def cuts(n_layers: int, n: int, way_out: float = 0.0) -> list[tuple[int, int]]:
 
     way_out: what the last part does besides, in layers. Raises LayoutError.
     """
-    check_cuts(n_layers, n)
+    check_cuts(n_layers, n, way_out)
     if n == 1:
         return [(0, n_layers)]
 
@@ -259,7 +280,7 @@ def sum_tables(tables: list, grid) -> None:
     if n == 1 or grid.pp not in (0, n - 1):
         return
     other = dist.get_global_rank(group, n - 1 - grid.pp)
-    for mine in (local(table.grad) for table in tables):
+    for mine in (local(table.grad) for table in tables if table.grad is not None):
         theirs = torch.empty_like(mine)
         both = (dist.isend, mine.contiguous()), (dist.irecv, theirs)
         swap = [dist.P2POp(way, tensor, other, group) for way, tensor in both]
@@ -274,10 +295,12 @@ def clip_whole(parts: dict, grid, clip: float) -> torch.Tensor:
     counted, everything = [], []
     for stage, part in parts.items():
         for name, p in part.named_parameters():
+            if p.grad is None:  # frozen
+                continue
             everything.append(p)
             if name != TABLE or stage == 0:  # the last part's table is the same one
                 counted.append(p.grad)
-    square = plain(nn.utils.get_total_norm(counted)).square()
+    square = plain(nn.utils.get_total_norm(counted)).to(grid.device).square()
     dist.all_reduce(square, group=grid.mesh["pp"].get_group())
     nn.utils.clip_grads_with_norm_(everything, clip, square.sqrt())
     return square.sqrt()
@@ -302,6 +325,7 @@ def through_stages(team, batches: list, scale: float, past) -> torch.Tensor:
 
 def share(n: int, size: int) -> list[tuple[int, int]]:
     """n rows among so many ranks, as evenly as can be: (first, behind the last)."""
+    n = LayoutError.unless_whole("the number of rows", n)
     ends = [n * i // size for i in range(size + 1)]
     return [*zip(ends, ends[1:])]
 
@@ -341,9 +365,11 @@ class Crew:
     """
 
     def __init__(self, config, layout, device="cpu", seed: int | None = 0):
+        check_axes(layout)
         if n_parts(layout) > 1:  # torch's stages change from version to version
             needs_torch("A pipeline")
         check_layout(layout, config, dist.get_world_size())
+        check_beginning(config, 0 if seed is None else seed)
         self.config, self.layout, self.grid = config, layout, Grid(layout, device)
         with torch.device("meta"):
             self.parts = parts_of(GPT(config), self.grid)
@@ -418,6 +444,7 @@ class Team(Crew):
 
     def accumulate(self, batches: list, count: int) -> torch.Tensor:
         """The mean loss of all rows of all ranks; its gradient goes to each .grad."""
+        check_held(batches, self.rows(count))
         layout, (size, width) = self.layout, batches[0][0].shape
         scale = size * layout.data / count  # of the mean that FSDP takes over ranks
         past = before(self.config, self.grid, width)

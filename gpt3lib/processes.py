@@ -29,6 +29,13 @@ class RankError(Refusal, RuntimeError):
     """A rank that failed, died, or did not answer in time."""
 
 
+def check_guarded() -> None:
+    """Raise RankError in a rank that is still reading the script that started it."""
+    reads = getattr(multiprocessing.current_process(), "_inheriting", False)
+    words = "a script starts its processes below `if __name__ == '__main__':`"
+    RankError.unless(not reads, words)
+
+
 PRELOAD = "fsdp tensor.parallel pipelining".split()  # of torch.distributed
 
 
@@ -216,6 +223,7 @@ def together(n: int, worker, *arguments, timeout: float = 120) -> list:
     tuples and dicts of them. Raises RankError when a rank fails, dies, or has not
     answered after `timeout` seconds. No process stays behind.
     """
+    check_guarded()
     n, context = RankError.unless_whole("n", n), starter()
     begin = import_module("gpt3lib.processes").one_rank  # a page's own has no address
     source, task = from_notebook(worker, arguments), as_bytes((worker, arguments))

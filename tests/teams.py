@@ -106,6 +106,73 @@ def refusals(layout, shape) -> dict:
     return said
 
 
+FROZEN = ("embeddings.wte.weight", "blocks.0.mlp.up.weight", "ln_f.bias")
+
+
+def freeze(named) -> None:
+    """No gradient for some parameters: of the token table, of a block, of what stands behind the blocks."""
+    for name, p in named:
+        p.requires_grad_(name not in FROZEN)
+
+
+def frozen(cases: list[tuple]) -> list[dict]:
+    """A worker: how far teams with frozen parameters are from one process, on each (layout, config)."""
+    found = []
+    for layout, shape in cases:
+        model, team = GPT(shape, SEED), Team(shape, layout, seed=SEED)
+        freeze(model.named_parameters())
+        freeze(team.named_parameters().items())
+        one, all_of_us = make_optimizer(model), team.optimizer()
+        told = [[x.item() for x in update(model, one, [batch(step)], RATE, CLIP)] for step in range(3)]
+        here = team.named_parameters()
+        far = {"told": furthest_told([step_of(team, all_of_us, step) for step in range(3)], told)}
+        right = {name: p.detach() for name, p in model.named_parameters()}
+        found.append(far | {"weights": furthest(here, some(right, here))})
+    return found
+
+
+def furthest_told(found: list, right: list) -> float:
+    """The largest relative difference of losses and of gradient lengths."""
+    return max(gap(found, right, column) for column in (0, 1))
+
+
+def said_of(calls: dict) -> dict:
+    """What each call raises, by its name."""
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+            said[name] = "no error"
+        except ValueError as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def bad_steps(layout, shape) -> dict:
+    """A worker: what a team says to batches, counts, seeds and shapes that are none."""
+    team = Team(shape, layout, seed=SEED)
+    optimizer, mine, pair = team.optimizer(), team.rows(ROWS), batch(0)
+    inputs, targets = (x[mine] for x in pair)
+    good, before = team.batches(inputs, targets, ROWS), plain(team.tables()[0].detach()).clone()
+    counts = {f"count {n!r}": partial(team.update, optimizer, good, n, RATE) for n in (0, -8, 2.5, None, 6, 80)}
+    rows = {f"rows {n!r}": partial(team.rows, n) for n in (0, -8, 2.5, "8")}
+    shares = {f"batches {n!r}": partial(team.batches, inputs, targets, n) for n in (0, 8.0)}
+    said = said_of(counts | rows | shares) | said_of(
+        {
+            "empty": lambda: team.update(optimizer, [], ROWS, RATE),
+            "part": lambda: team.update(optimizer, good[:1], ROWS, RATE),
+            "wide": lambda: team.batches(inputs, targets[:, :-1], ROWS),
+            "flat": lambda: team.batches(inputs[:, 0], targets[:, 0], ROWS),
+            "lists": lambda: team.batches(inputs.tolist(), targets.tolist(), ROWS),
+            "seed": lambda: Team(shape, layout, seed="one"),
+            "seed 1.5": lambda: Team(shape, layout, seed=1.5),
+            "config": lambda: Team("gpt3-1m", layout),
+            "layout": lambda: Team(shape, {"pp": 2}),
+        }
+    )
+    return said | {"moved": furthest({"table": team.tables()[0].detach()}, {"table": before})}
+
+
 def unsummed(layout, shape, n_steps: int) -> list[torch.Tensor]:
     """A worker: the token tables after each step, when nobody adds up their gradients."""
     team = Team(shape, layout, seed=SEED)

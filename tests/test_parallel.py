@@ -234,6 +234,50 @@ def test_words_and_numbers_of_a_layout_are_checked():
     assert "recompute is 'some'; there are none, selective, full" in refusal(Layout(recompute="some"), 1)
 
 
+def test_what_a_layout_is_checked_against_is_checked_too():
+    for name in ("world", "n_sequences", "n_ctx"):
+        for value in (0, -1, 1.5, "2", True, math.nan):
+            ways = {"world": 1} | {name: value}
+            assert f"{name} is {value!r}; it must be a whole number, 1 or more" == refusal(Layout(), **ways)
+    assert "world is None; it must be a whole number" in refusal(Layout(), None)
+    assert refusal(Layout(), 1, n_ctx=33) == "n_ctx is 33; the model reads 32 tokens at most"
+    assert refusal({"tp": 2}, 1).startswith("layout is {'tp': 2}; it must be a Layout, such as ")
+    for config in (None, "gpt3-1m", {}):
+        with pytest.raises(LayoutError, match="config is .*; it must be a GPTConfig, such as "):
+            check_layout(Layout(), config, 1)
+
+
+def test_every_rank_needs_a_row_of_the_vocabulary():
+    for n_ids, fine in ((3, False), (4, True), (5, False), (6, False), (7, True), (8, True), (9, False), (10, True)):
+        shape = replace(ranks.config(), vocab_size=n_ids)
+        check_layout(Layout(), shape, 1)
+        if fine:  # 7 rows on 4 ranks: 2 + 2 + 2 + 1
+            check_layout(Layout(tp=4), shape, 4)
+        else:
+            with pytest.raises(LayoutError, match=f"tp=4 leaves a rank no row of a vocabulary of {n_ids}. The nearest"):
+                check_layout(Layout(tp=4), shape, 4)
+
+
+def grids(layouts):
+    """A worker: what a grid says of each layout."""
+    said = []
+    for layout in layouts:
+        try:
+            said.append(f"no error: {Grid(layout).mesh.shape}")
+        except LayoutError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_grid_is_for_as_many_ranks_as_there_are():
+    asked = [Layout(tp=2), Layout(), Layout(tp=4), Layout(tp=-1, dp=-2), Layout(tp=0), {"tp": 2}]
+    for said in together(2, grids, asked):
+        assert said[0] == "no error: (1, 1, 1, 2)"
+        assert said[1:3] == ["one rank needs 1 ranks, and there are 2", "tp=4 needs 4 ranks, and there are 2"]
+        assert said[3].startswith("dp is -2; it must be a whole") and said[4].startswith("tp is 0; it must be a whole")
+        assert said[5].startswith("layout is {'tp': 2}; it must be a Layout")
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 24), st.sampled_from([None, 4, 6, 8, 12]), st.sampled_from([None, 24, 30]))
 def test_the_layouts_that_are_named_work_and_no_other(world, n_sequences, n_ctx):

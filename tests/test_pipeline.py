@@ -122,6 +122,40 @@ def test_what_a_step_refuses_leaves_all_as_it_was():
 
 
 @tried
+@pytest.mark.parametrize("mix", [{"dp": 2}, {"fsdp": 2}, {"pp": 2}, {"tp": 2}])
+def test_frozen_parameters_stay_and_the_rest_learns_as_alone(mix):
+    shape = ranks.config(n_layers=2)
+    for found in together(2, teams.frozen, [(Layout(**mix, micro_batch=2), shape)]):
+        for far in found:
+            assert far["told"] < ranks.LOSS and far["weights"] < ranks.WEIGHTS, far
+
+
+@tried
+@pytest.mark.parametrize("mix", [{"dp": 2}, {"pp": 2}])
+def test_a_team_refuses_what_does_not_fit(mix):
+    share = 8 // mix.get("dp", 1)
+    for said in together(2, teams.bad_steps, Layout(**mix, micro_batch=2), ranks.config()):
+        for name in ("count 0", "count -8", "count 2.5", "count None", "rows 0", "rows -8", "rows 2.5", "rows '8'"):
+            value = name.partition(" ")[2]
+            words = f"LayoutError: the number of rows is {value}; it must be a whole number, 1 or more"
+            assert said[name] == words, name
+        assert "the number of rows is 0" in said["batches 0"] and "the number of rows is 8.0" in said["batches 8.0"]
+        words = f"LayoutError: {share // 2} micro-batches hold {share} rows; this rank's share is "
+        for n, wanted in (("6", 3 * share // 4), ("80", 10 * share)):
+            assert said[f"count {n}"] == f"{words}{wanted}, see Team.rows", (n, said)
+        assert said["empty"].startswith("LayoutError: 0 micro-batches hold 0 rows"), said["empty"]
+        assert said["part"].startswith("LayoutError: 1 micro-batches hold 2 rows"), said["part"]
+        assert f"inputs ({share}, 32) and targets ({share}, 31) must have one shape, (B, T)" in said["wide"]
+        assert f"inputs ({share},) and targets ({share},) must have" in said["flat"]
+        assert "inputs () and targets () must have one shape" in said["lists"]
+        assert said["seed"] == "ConfigError: seed is 'one'; it must be a whole number"
+        assert said["seed 1.5"] == "ConfigError: seed is 1.5; it must be a whole number"
+        assert said["config"].startswith("LayoutError: config is 'gpt3-1m'; it must be a GPTConfig")
+        assert said["layout"].startswith("LayoutError: layout is {'pp': 2}; it must be a Layout")
+        assert said["moved"] == 0
+
+
+@tried
 def test_without_the_sum_the_tables_part():
     lower, upper = together(2, teams.unsummed, Layout(pp=2, micro_batch=2), ranks.config(), 2)
     gaps = [(a - b).abs().max().item() for a, b in zip(lower, upper, strict=True)]
@@ -205,6 +239,16 @@ def test_a_deadlock_is_named():
     orders = [one_f_one_b(0, 2, 2)[::-1], one_f_one_b(1, 2, 2)]
     with pytest.raises(LayoutError, match="8 boxes are left, and each waits"):
         timetable(orders)
+
+
+def test_a_timetable_needs_a_box_and_cuts_a_weight():
+    for orders in ([], [[], []]):
+        with pytest.raises(LayoutError, match="no rank has a box"):
+            timetable(orders)
+    for way_out in (math.nan, -0.5, math.inf, "1", None):
+        for n in (1, 2):
+            with pytest.raises(LayoutError, match="way_out is .*; it must be a number of layers, 0 or more"):
+                cuts(4, n, way_out)
 
 
 @given(n_layers=st.integers(1, 40), n=st.integers(1, 9), way_out=st.sampled_from([0.0, 0.34, 2.0, 5.5]))

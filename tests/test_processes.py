@@ -122,6 +122,17 @@ def test_a_number_of_ranks_must_be_whole():
             together(n, answer, 1)
 
 
+def test_a_script_that_starts_ranks_while_they_read_it_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    tests = str(Path(__file__).parent)
+    lines = [f"import sys; sys.path.insert(0, {tests!r})", "import test_processes as t", "t.together(2, t.answer, 1)"]
+    script.write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    assert done.returncode
+    assert "RankError: a script starts its processes below `if __name__ == '__main__':`" in done.stderr
+    assert "bootstrapping" not in done.stderr  # Python's own words, which come with eighty lines
+
+
 FIRST = """
 import math
 import torch.nn.functional as F
