@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
-from gpt3lib.files import Refusal
+from gpt3lib.files import Refusal, as_float, is_whole
 from gpt3lib.model import GPTConfig
-from gpt3lib.parallel import AXES, Layout, layouts
+from gpt3lib.parallel import AXES, RECOMPUTE, Layout, faults, layouts
 from gpt3lib.pipeline import cuts
 from gpt3lib.recipe import TABLE_BATCHES
-from gpt3lib.scaling import as_share, n_params, positive, training_flops
+from gpt3lib.scaling import n_params, positive, training_flops
 
 
 # What is refused; the workshop at the end of this page has a table of it.
@@ -22,7 +23,7 @@ class PlanError(Refusal, ValueError):
 
 def check_micro(layout: Layout, n_sequences: int) -> int:
     """Micro-batches of a step on each rank. Raises PlanError for a rest."""
-    rows = layout.data * layout.micro_batch
+    rows = layout.data * PlanError.unless_whole("micro_batch", layout.micro_batch)
     words = f"{n_sequences} sequences on {layout.data} groups of ranks, of "
     words += f"{layout.micro_batch} at a time, leave a rest"
     right = "let dp · fsdp · micro_batch divide the batch"
@@ -46,25 +47,17 @@ def end_shapes(config: GPTConfig, first: bool, last: bool) -> list[tuple]:
 
 
 def numbers(shapes, tp: int = 1, shards: int = 1) -> int:
-    """How many numbers of these tensors the first of tp · shards ranks holds.
-
-    tp cuts along each tensor's own dimension, FSDP what is left along the first.
-    """
+    """How many numbers of these tensors the first of tp · shards ranks holds."""
     total = 0
     for shape, cut in shapes:
-        size = [*shape]
-        if cut is not None:
-            size[cut] = math.ceil(size[cut] / tp)
-        size[0] = math.ceil(size[0] / shards)
+        size = [math.ceil(n / tp) if i == cut else n for i, n in enumerate(shape)]
+        size[0] = math.ceil(size[0] / shards)  # FSDP cuts what tp leaves, by rows
         total += math.prod(size)
     return total
 
 
-KEPT_NUMBERS = {
-    "full": (1, 0),
-    "selective": (9, 0),
-    "none": (14, 2),
-}  # widths cut by tp, or not
+# widths cut by tp, or not
+KEPT_NUMBERS = {"full": (1, 0), "selective": (9, 0), "none": (14, 2)}
 
 
 def kept_widths(layout: Layout, kind: str, blocks: int = 0) -> float:
@@ -83,20 +76,18 @@ def kept_widths(layout: Layout, kind: str, blocks: int = 0) -> float:
 
 @dataclass(frozen=True)
 class Rank:
-    """The first rank of one stage of a layout: what it has, in numbers and in bytes.
-
-    blocks: whether banded layers are computed in blocks, as on a processor, and not by
-    one kernel, as on a GPU.
-    """
+    """The first rank of one stage of a layout: what it has, in numbers and in bytes."""
 
     config: GPTConfig
     layout: Layout
     stage: int = 0
-    blocks: bool = False
+    blocks: bool = False  # a band in blocks, as on a processor; else one kernel
 
     def __post_init__(self):
         words = f"chunks is {self.layout.chunks}; plans are made for 1"
         PlanError.unless(self.layout.chunks == 1, words)
+        words = f"stage is {self.stage!r}; there are 0 to {self.layout.pp - 1}"
+        PlanError.unless(is_whole(self.stage, 0) and self.stage < self.layout.pp, words)
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -191,7 +182,7 @@ def working_bytes(rank: Rank) -> float:
 
 def moments(rank: Rank, n_micro: int) -> dict[str, dict[str, float]]:
     """What the rank holds at the moments at which it may be fullest, in bytes."""
-    layout, several = rank.layout, n_micro > 1
+    layout, several = rank.layout, PlanError.unless_whole("n_micro", n_micro) > 1
     flight = min(n_micro, layout.pp - rank.stage)
     base = {"parameters": 4.0 * rank.held, "optimizer": 8.0 * rank.held}
     ends = rank.count(layers=False)
@@ -230,12 +221,6 @@ def fullest(config, layout: Layout, n_micro: int) -> dict:
     return max(found, key=lambda lines: sum(lines.values()))
 
 
-def show_ledger(lines: dict) -> None:
-    """Print a ledger in GiB."""
-    for name, size in [*lines.items(), ("together", sum(lines.values()))]:
-        print(f"{name:12} {size / 2**30:6.2f} GiB")
-
-
 @dataclass(frozen=True)
 class GPU:
     """A GPU as its maker sells it; price in dollars an hour is assumed."""
@@ -268,8 +253,7 @@ def tensor_bytes(rank: Rank) -> float:
     """Bytes that a rank sends to its tp group for a micro-batch."""
     tp, times = rank.layout.tp, 8 + 3 * (rank.layout.recompute != "none")
     one = rank.n_tokens * rank.config.d_model * rank.width * (tp - 1) / tp
-    ends = 2 * rank.ends[0] + 2 * rank.ends[1]
-    return one * (times * len(rank.kinds) + ends)
+    return one * (times * len(rank.kinds) + 2 * sum(rank.ends))
 
 
 def shard_bytes(rank: Rank, n_micro: int) -> float:
@@ -303,6 +287,13 @@ class Machine:
     network: float = 50e9
     efficiency: float = 0.5
 
+    def __post_init__(self):
+        PlanError.unless_whole("per_node", self.per_node)
+        words = f"network is {self.network!r}; it must be a number above 0"
+        PlanError.unless(0 < as_float(self.network) < math.inf, words)
+        words = f"efficiency is {self.efficiency!r}; it must be a share, above 0 and at"
+        PlanError.unless(0 < as_float(self.efficiency) <= 1, f"{words} most 1")
+
     def link(self, ranks: int) -> float:
         """Bytes/s between neighbours among so many ranks that sit side by side."""
         return self.gpu.link if ranks <= self.per_node else self.network
@@ -312,9 +303,8 @@ def stage_flops(rank: Rank) -> float:
     """FLOPs of a micro-batch on this rank, forward, backward and what runs again."""
     config, layout = rank.config, rank.layout
     d, n = config.d_model, config.n_ctx
-    layer = 6 * 12 * d**2
     keys = {"dense": n, "banded": min(config.bandwidth, n)}
-    found = sum(layer + 12 * d * keys[kind] for kind in rank.kinds)
+    found = sum(72 * d**2 + 12 * d * keys[kind] for kind in rank.kinds)
     found *= 11 / 9 if layout.recompute == "full" else 1  # forward again, but for down
     found += 6 * d * config.vocab_size * rank.ends[1]
     return found * rank.n_tokens / layout.tp
@@ -333,10 +323,8 @@ def predicted_seconds(config, layout: Layout, n_micro: int, machine: Machine) ->
     speed = machine.gpu.peak * machine.efficiency
     fast, memory = machine.link(layout.tp), machine.gpu.bandwidth
     shards = layout.tp * layout.fsdp * layout.cp
-    slots = [
-        (stage_flops(r) / speed, moved_bytes(r) / memory, tensor_bytes(r) / fast)
-        for r in ranks
-    ]
+    slots = [(stage_flops(r), moved_bytes(r), tensor_bytes(r)) for r in ranks]
+    slots = [(a / speed, b / memory, c / fast) for a, b, c in slots]
     work, rest, talk = max(slots, key=sum)
     sent = sent_bytes(ranks[0], n_micro)
     shard = sent["shard"] / machine.link(shards)
@@ -372,37 +360,56 @@ def weigh(config, layout: Layout, n_sequences: int, machine: Machine) -> Proposa
     return Proposal(layout, n_micro, full, seconds)
 
 
+POWER = 1.2  # of a machine's GPUs: what its processors, network and cooling add
 ROOM = 0.92  # of a GPU's memory; the rest is for NCCL, the allocator and the driver
+TOLD = (*AXES, "micro_batch", "recompute")  # of a layout
+
+
+def told_layout(config, world, n_sequences, told: dict) -> Layout:
+    """The smallest layout with what is told. Raises PlanError when there is none."""
+    unknown = ", ".join(name for name in told if name not in TOLD)
+    PlanError.unless(not unknown, f"{unknown} is none of {', '.join(TOLD)}")
+    fixed = Layout(**{"micro_batch": 1} | told)
+    whole = {"world": world, "n_sequences": n_sequences} | vars(fixed)
+    for name in ("world", "n_sequences", *AXES, "micro_batch"):
+        PlanError.unless_whole(name, whole[name])
+    words = f"recompute is {fixed.recompute!r}; there are {', '.join(RECOMPUTE)}"
+    PlanError.unless(fixed.recompute in RECOMPUTE, words)
+    wrong = faults(fixed, config, n_sequences)
+    PlanError.unless(not wrong, "; ".join(wrong))
+    n_micro = check_micro(fixed, n_sequences)
+    words = f"pp={fixed.pp} needs as many micro-batches; each rank has {n_micro}"
+    PlanError.unless(n_micro >= fixed.pp, words)
+    return fixed
 
 
 def candidates(config, world, n_sequences, per_node, told: dict) -> Iterator[Layout]:
-    """Layouts in bfloat16 that divide, tp inside a machine; told: fields that are set.
-
-    Without a word of cp, there is no context parallelism.
-    """
-    limits = {"cp": 1} | told
+    """Layouts in bfloat16 that divide, tp inside a machine; told: what is set."""
+    limits = {"cp": 1} | told  # no context parallelism without a word of it
     sizes = [told["micro_batch"]] if "micro_batch" in told else [1, 2, 4, 8]
     ways = [told["recompute"]] if "recompute" in told else [*KEPT_NUMBERS]
     for found in layouts(config, world, n_sequences):
-        if any(getattr(found, axis) != n for axis, n in limits.items() if axis in AXES):
-            continue
-        if found.tp > per_node and "tp" not in told:
+        wrong = (getattr(found, x) != n for x, n in limits.items() if x in AXES)
+        if any(wrong) or found.tp > max(per_node, told.get("tp", 1)):
             continue
         share = n_sequences // found.data
-        for size in sizes:
-            if share % size == 0 and share // size >= found.pp:
-                for way in ways:
-                    how = {"recompute": way, "micro_batch": size, "bf16": True}
-                    yield replace(found, **how)
+        fine = [n for n in sizes if share % n == 0 and share // n >= found.pp]
+        for size, way in product(fine, ways):
+            yield replace(found, recompute=way, micro_batch=size, bf16=True)
 
 
 def propose(config, world, n_sequences, machine: Machine, **told) -> list[Proposal]:
     """The layouts that fit, the fastest first; told: what is set. Raises PlanError."""
-    every = candidates(config, world, n_sequences, machine.per_node, told)
+    fixed, n = told_layout(config, world, n_sequences, told), machine.per_node
+    every = candidates(config, world, n_sequences, n, told)
     every = [weigh(config, one, n_sequences, machine) for one in every]
-    said = " ".join(f"{name}={value}" for name, value in told.items()) or "any layout"
-    words = f"{world} ranks and {n_sequences} sequences do not divide by {said}"
-    PlanError.unless(every, f"{words}; take another number of GPUs, or tell less")
+    if not every:  # the smallest layout itself divides, so some number does
+        most = n_sequences * fixed.cp * told.get("tp", min(n, config.n_heads))
+        most, step = min(world - 1, most), fixed.world
+        fine = lambda fewer: any(candidates(config, fewer, n_sequences, n, told))
+        near = next(filter(fine, range(most - most % step, 0, -step)), step)
+        words = f"no layout of {world} GPUs divides {n_sequences} sequences"
+        raise PlanError(f"{words}; one of {near} does")
     room = ROOM * machine.gpu.memory * 2**30
     least = min(one.memory for one in every)
     words = f"nothing fits: the smallest layout takes {least / 2**30:.1f} GiB, and "
@@ -412,30 +419,26 @@ def propose(config, world, n_sequences, machine: Machine, **told) -> list[Propos
     return sorted(fits, key=lambda one: (round(one.seconds, 2), one.memory))
 
 
-TOLD = "pp dp fsdp cp tp micro_batch recompute".split()  # of a layout
-POWER = 1.2  # of a machine's GPUs: what its processors, network and cooling add
-
-
 def batch_of(config) -> tuple[GPTConfig, int, float]:
-    """A command's model, sequences of a batch and tokens. Raises PlanError."""
+    """The model, the sequences of a batch, the tokens. Raises PlanError, ScalingError."""
+    said = {name: value for name, value in vars(config).items() if value is not None}
     shape = GPTConfig.from_name(config.size)
-    n_ctx = config.n_ctx or shape.n_ctx
-    shape = replace(shape, n_ctx=PlanError.unless_whole("n_ctx", n_ctx))
-    usual = TABLE_BATCHES.get(config.size, (32 * n_ctx,))[0]
-    tokens = PlanError.unless_whole("batch_tokens", config.batch_tokens or usual, n_ctx)
-    n_tokens = positive("n_tokens", config.n_tokens or 300e9)
-    return shape, tokens // n_ctx, n_tokens
+    shape = replace(shape, n_ctx=said.get("n_ctx", shape.n_ctx))
+    n_ctx, usual = shape.n_ctx, TABLE_BATCHES.get(config.size, (32 * shape.n_ctx,))[0]
+    tokens = said.get("batch_tokens", max(1, usual // n_ctx) * n_ctx)
+    rest = PlanError.unless_whole("batch_tokens", tokens, n_ctx) % n_ctx
+    words = f"batch_tokens is {tokens}; whole windows of {n_ctx} make {tokens - rest}"
+    PlanError.unless(rest == 0, words)
+    return shape, tokens // n_ctx, positive("n_tokens", said.get("n_tokens", 300e9))
 
 
 def machine_of(config) -> Machine:
-    """A command's GPUs and what connects them. Raises PlanError."""
+    """A command's GPUs and what connects them. Raises PlanError, ScalingError."""
     gpu = find_gpu(config.gpu)
-    if config.price is not None:
-        gpu = replace(gpu, price=positive("price", config.price))
-    per_node = PlanError.unless_whole("per_node", config.per_node)
+    price = gpu.price if config.price is None else positive("price", config.price)
     network = positive("network", config.network) * 1e9
-    efficiency = as_share("efficiency", config.efficiency)
-    return Machine(gpu, per_node, network, efficiency)
+    gpu = replace(gpu, price=price)
+    return Machine(gpu, config.per_node, network, config.efficiency)
 
 
 def bill(one: Proposal, shape, n_sequences: int, n_tokens, n_gpus, machine) -> dict:
@@ -476,13 +479,10 @@ def show_plan(one: Proposal, shape, machine: Machine, costs: dict) -> None:
 
 
 def run_plan(config) -> tuple[GPTConfig, Proposal]:
-    """What `gpt3 plan` does: prints the layouts that fit, and all about the fastest.
-
-    config: has the fields of commands.PlanConfig. Returns the model's shape and the
-    fastest layout. Raises PlanError, ConfigError.
-    """
+    """Print a plan; the model's shape and the fastest layout. Raises PlanError."""
     shape, n_sequences, n_tokens = batch_of(config)
     n_gpus, machine = PlanError.unless_whole("gpus", config.gpus), machine_of(config)
+    top = PlanError.unless_whole("top", config.top)
     told = [(name, getattr(config, name)) for name in TOLD]
     told = {name: value for name, value in told if value is not None}
     fits = propose(shape, n_gpus, n_sequences, machine, **told)
@@ -490,7 +490,7 @@ def run_plan(config) -> tuple[GPTConfig, Proposal]:
     print(f"{told}, {n_sequences:,} × {shape.n_ctx:,} a step")
     print(f"{len(fits)} layouts fit, of these the fastest:")
     about = shape, n_sequences, n_tokens, n_gpus, machine
-    for one in fits[: PlanError.unless_whole("top", config.top)]:
+    for one in fits[:top]:
         costs, layout = bill(one, *about), one.layout
         text = f"{layout!s:24} {layout.recompute:9} {layout.micro_batch:2} at a time"
         text += f"  {one.memory / 2**30:5.1f} GiB  {one.seconds:6.2f} s a step"

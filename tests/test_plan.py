@@ -243,13 +243,75 @@ BAD = {
     "gpus": ({"gpus": 0}, "gpus is 0; it must be a whole number, 1 or more"),
     "n_tokens": ({"n_tokens": -1}, "n_tokens is -1; it must be a number above 0"),
     "network": ({"network": 0.0}, "network is 0.0; it must be a number above 0"),
-    "nothing divides": ({"gpus": 7}, "nothing fits|do not divide by any layout"),
+    "n_ctx": ({"n_ctx": 0}, "n_ctx is 0; it must be a whole number, 1 or more"),
+    "no batch": ({"batch_tokens": 0}, "batch_tokens is 0; it must be a whole number, 2048 or more"),
+    "no micro-batch": ({"micro_batch": 0}, "micro_batch is 0; it must be a whole number, 1 or more"),
+    "no tokens": ({"n_tokens": 0}, "n_tokens is 0; it must be a number above 0"),
+    "nothing divides": ({"gpus": 97}, "no layout of 97 GPUs divides 1536 sequences; one of 96 does"),
+    "rest": ({"batch_tokens": 3000}, "batch_tokens is 3000; whole windows of 2048 make 2048"),
+    "small": ({"size": "gpt3-1m"}, "no layout of 1024 GPUs divides 32 sequences; one of 128 does"),
     "price": ({"price": math.inf}, "price is inf; it must be a number above 0"),
     "room": ({"gpus": 16}, "nothing fits: the smallest layout takes .* GiB, and 73.6 are free; take more GPUs"),
     "size": ({"size": "gpt4"}, "no model is called 'gpt4'"),
     "top": ({"top": 0}, "top is 0; it must be a whole number, 1 or more"),
-    "tp": ({"tp": 5}, "1024 ranks and 1536 sequences do not divide by tp=5"),
+    "tp": ({"tp": 5}, "^tp=5 does not divide 96 heads; cp·tp=5 does not divide a sequence of 2048$"),
 }
+
+
+def test_nothing_is_weighed_before_all_is_checked(capsys):
+    with pytest.raises(PlanError):
+        run_plan(command("gpt3-100k", gpus=1, top=0))
+    assert not capsys.readouterr().out
+
+
+def test_the_named_number_of_gpus_works():
+    config, n = GPTConfig.from_name("gpt3-1m"), 32
+    for world, told, near in [(1024, {}, 128), (7, {}, 6), (31, {"tp": 2}, 24), (3, {"tp": 2, "pp": 4}, 8)]:
+        with pytest.raises(PlanError, match=f"no layout of {world} GPUs divides 32 sequences; one of {near} does"):
+            propose(config, world, n, H100, **told)
+        assert propose(config, near, n, H100, **told)
+        for between in range(near + 1, world):  # none is nearer
+            with pytest.raises(PlanError, match="no layout of"):
+                propose(config, between, n, H100, **told)
+
+
+WHOLE = "it must be a whole number, 1 or more"
+UNTOLD = {
+    "batch": ({"n_sequences": "64"}, f"n_sequences is '64'; {WHOLE}"),
+    "many at a time": ({"micro_batch": 3}, "64 sequences on 1 groups of ranks, of 3 at a time, leave a rest"),
+    "micro_batch": ({"micro_batch": 0}, f"micro_batch is 0; {WHOLE}"),
+    "micro_batch as text": ({"micro_batch": "2"}, f"micro_batch is '2'; {WHOLE}"),
+    "name": ({"tpp": 2}, "tpp is none of pp, dp, fsdp, cp, tp, micro_batch, recompute"),
+    "recompute": ({"recompute": "x"}, "recompute is 'x'; there are none, selective, full"),
+    "stages": ({"pp": 4, "micro_batch": 32}, "pp=4 needs as many micro-batches; each rank has 2"),
+    "tp": ({"tp": True}, f"tp is True; {WHOLE}"),
+    "world a bool": ({"world": True}, f"world is True; {WHOLE}"),
+    "world a float": ({"world": 8.0}, f"world is 8.0; {WHOLE}"),
+    "world as text": ({"world": "8"}, f"world is '8'; {WHOLE}"),
+    "world missing": ({"world": None}, f"world is None; {WHOLE}"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(UNTOLD))
+def test_a_proposal_refuses_what_it_cannot_hear(name):
+    told, words = UNTOLD[name]
+    with pytest.raises(PlanError, match=words):
+        propose(**{"config": SMALL, "world": 8, "n_sequences": 64, "machine": H100} | told)
+
+
+MACHINES = {
+    "efficiency -1": ({"efficiency": -1}, "efficiency is -1; it must be a share, above 0 and at most 1"),
+    "efficiency 0": ({"efficiency": 0}, "efficiency is 0; it must be a share"),
+    "network": ({"network": 0}, "network is 0; it must be a number above 0"),
+    "per_node": ({"per_node": 0}, f"per_node is 0; {WHOLE}"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MACHINES))
+def test_a_machine_that_cannot_be(name):
+    told, words = MACHINES[name]
+    with pytest.raises(PlanError, match=words):
+        Machine(GPUS["h100-80gb"], **told)
 
 
 @pytest.mark.parametrize("name", sorted(BAD))
@@ -266,6 +328,14 @@ def test_other_wrong_questions():
         weigh(BIG, EIGHT, 1535, H100)
     with pytest.raises(PlanError, match="no GPU"):
         find_gpu("cray-1")
+    for stage in (-1, 5, 2, 0.5):
+        with pytest.raises(PlanError, match=f"stage is {stage}; there are 0 to 1"):
+            ledger(SMALL, Layout(pp=2), 8, stage=stage)
+    for n_micro in (-1, 0):
+        with pytest.raises(PlanError, match=f"n_micro is {n_micro}; {WHOLE}"):
+            ledger(SMALL, Layout(pp=2), n_micro)
+    with pytest.raises(PlanError, match="micro_batch is 0"):
+        weigh(SMALL, Layout(micro_batch=0), 8, H100)
 
 
 def test_the_loss_needs_logits_or_a_gradient_of_the_table():
