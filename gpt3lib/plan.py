@@ -420,7 +420,7 @@ def propose(config, world, n_sequences, machine: Machine, **told) -> list[Propos
 
 
 def batch_of(config) -> tuple[GPTConfig, int, float]:
-    """The model, the sequences of a batch, the tokens. Raises PlanError, ScalingError."""
+    """Model, sequences of a batch and tokens. Raises PlanError, ScalingError."""
     said = {name: value for name, value in vars(config).items() if value is not None}
     shape = GPTConfig.from_name(config.size)
     shape = replace(shape, n_ctx=said.get("n_ctx", shape.n_ctx))
