@@ -8,10 +8,10 @@ ORIGIN = re.compile(r"^# Made from book/(\w+)\.ipynb", re.MULTILINE)
 
 
 def is_public(node: ast.stmt) -> bool:
-    """Whether a statement defines a public function or class."""
+    """Whether a statement defines a public function or class; no check_… is one."""
     return isinstance(
         node, (ast.FunctionDef, ast.ClassDef)
-    ) and not node.name.startswith("_")
+    ) and not node.name.startswith(("_", "check_"))
 
 
 def head(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
