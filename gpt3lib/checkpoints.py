@@ -360,6 +360,19 @@ class Board:
             self.writer.add_scalar(name, row[name], row["step"])
 
 
+def show(journal, store, recipe, state, options) -> None:
+    """Give a journal its bar, and TensorBoard where it is installed. RunError."""
+    journal.shows = [Bar(recipe.n_tokens, state.tokens, options.progress)]
+    journal.opened.callback(journal.shows[0].bar.close)
+    try:
+        if options.tensorboard is not False:
+            journal.shows.append(Board(store.folder, state.step))
+            journal.opened.callback(journal.shows[1].writer.close)
+    except ImportError as error:
+        if options.tensorboard:
+            raise RunError(f"{error}; pip install tensorboard") from error
+
+
 class Stopping:
     """Meanwhile Ctrl-C, a closed terminal or a polite kill only set `asked`.
 

@@ -21,19 +21,7 @@ from gpt3lib.parallel import local
 from gpt3lib.pipeline import Team
 from gpt3lib.processes import RankError
 from gpt3lib.ranks import is_echo, joined, same_for_all
-from gpt3lib.runs import (
-    Journal,
-    Options,
-    Run,
-    State,
-    bad,
-    description,
-    flops_per_token,
-    follow,
-    load,
-    measured_peak,
-    show,
-)
+from gpt3lib.runs import Journal, Options, Run, State, bad, description, follow, load
 
 
 # What is refused; the workshop at the end of this page has a table of it.
@@ -206,6 +194,8 @@ class TeamRun(Run):
         self.about = description(team, optimizer, loader, recipe)
         self.heart, self.state = heart, State()
         self.saver, self.device = Saver(store), team.grid.device
+        self.config, self.bf16 = team.config, team.layout.bf16
+        self.n_ranks = dist.get_world_size()
 
     def mark(self, what: str) -> None:
         """Tell the heart of progress, in the step that is not made yet."""
@@ -254,20 +244,10 @@ class TeamRun(Run):
             self.store.set_aside(after=found.number)
         return lay_out(found, self.team, self.optimizer)
 
-    def begin(self) -> None:
-        """Go on from the newest checkpoint, or make the first. RunError."""
-        found = self.restored()
-        self.state = found or State()
-        self.journal.begin(self.state.sizes)
-        self.steps = self.recipe.steps(self.loader.n_ctx, self.state.step)
-        if not found:
-            self.save()
+    def present(self) -> None:
+        """The first rank has the journal that is shown. RunError."""
         if dist.get_rank() == 0:
-            peak = measured_peak(self.device, self.team.layout.bf16)
-            share = flops_per_token(self.team.config) / peak
-            self.journal.share = share / dist.get_world_size()
-            self.journal.bytes_per_token = self.loader.bytes_per_token
-            show(self.journal, self.store, self.recipe, self.state, self.options)
+            super().present()
 
     def extras(self, on_step: Callable | None) -> None:
         """What on_step finds, which is called on every rank and written by rank 0."""

@@ -16,16 +16,7 @@ import torch
 from torch import nn
 
 from gpt3lib.cache import generate
-from gpt3lib.checkpoints import (
-    Bar,
-    Board,
-    Checkpoint,
-    Logs,
-    RunError,
-    Stopping,
-    Store,
-    say,
-)
+from gpt3lib.checkpoints import Checkpoint, Logs, RunError, Stopping, Store, say, show
 from gpt3lib.files import as_float, unwrapped
 from gpt3lib.model import GPT, GPTConfig
 from gpt3lib.recipe import update
@@ -345,22 +336,9 @@ class Journal(Logs):
     def tell(self, row: dict) -> None:
         """Write a row to log.csv, and show it."""
         self.write("log.csv", ",".join(f"{row[name]}" for name in self.COLUMNS))
-        for show in self.shows:
+        for shown in self.shows:
             with suppress(OSError, ValueError):  # a closed terminal, a full disk
-                show.tell(row)
-
-
-def show(journal: Journal, store, recipe, state, options) -> None:
-    """Give a journal its bar, and TensorBoard where it is installed. RunError."""
-    journal.shows = [Bar(recipe.n_tokens, state.tokens, options.progress)]
-    journal.opened.callback(journal.shows[0].bar.close)
-    try:
-        if options.tensorboard is not False:
-            journal.shows.append(Board(store.folder, state.step))
-            journal.opened.callback(journal.shows[1].writer.close)
-    except ImportError as error:
-        if options.tensorboard:
-            raise RunError(f"{error}; pip install tensorboard") from error
+                shown.tell(row)
 
 
 class Run:
@@ -370,6 +348,7 @@ class Run:
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.store, self.recipe, self.journal = store, recipe, journal
         self.options, self.device = options, device_of(model)
+        self.config, self.bf16, self.n_ranks = model.config, options.bf16, 1
         self.about = description(model, optimizer, loader, recipe)
         self.tokenizer = tokenizer_of(loader) if options.sample_every else None
         loss = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
@@ -383,17 +362,23 @@ class Run:
         self.journal.begin(self.state.sizes)
         self.steps = self.recipe.steps(self.loader.n_ctx, self.state.step)
         if not found:
-            self.model.check(self.loader.sequences(0, 1)[0].to(self.device))
             self.save()
-        peak = measured_peak(self.device, self.options.bf16)
-        self.journal.share = flops_per_token(self.model.config) / peak
+        self.present()
+
+    def present(self) -> None:
+        """Tell the journal what its rows need, and have them shown. RunError."""
+        peak = self.n_ranks * measured_peak(self.device, self.bf16)
+        self.journal.share = flops_per_token(self.config) / peak
         self.journal.bytes_per_token = self.loader.bytes_per_token
         show(self.journal, self.store, self.recipe, self.state, self.options)
-        self.model.train()
 
     def restored(self) -> State | None:
         """Back to the newest whole checkpoint, if there is one. Raises RunError."""
-        return restore(self.store, self.model, self.optimizer, self.about)
+        found = restore(self.store, self.model, self.optimizer, self.about)
+        if not found:  # before anything is saved: can it read these tokens?
+            self.model.check(self.loader.sequences(0, 1)[0].to(self.device))
+        self.model.train()
+        return found
 
     def agreed(self, asked: str | None) -> str | None:
         """Whether somebody asked to stop; where there are many, all must hear of it."""
