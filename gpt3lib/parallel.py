@@ -67,29 +67,6 @@ def faults(layout: "Layout", config, n_sequences=None, n_ctx=None) -> list[str]:
     return [words for wrong, words in rules if wrong]
 
 
-def factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of so many, in order."""
-    if count == 1:
-        yield (number,)
-        return
-    for first in (n for n in range(1, number + 1) if number % n == 0):
-        for rest in factors(number // first, count - 1):
-            yield (first, *rest)
-
-
-def layouts(config, world: int, n_sequences=None, n_ctx=None) -> Iterator["Layout"]:
-    """All layouts of so many ranks that a model and its batch allow."""
-    for sizes in factors(world, len(AXES)):
-        layout = Layout(*sizes)
-        if not faults(layout, config, n_sequences, n_ctx):
-            yield layout
-
-
-def distance(a: "Layout", b: "Layout") -> float:
-    """How far two layouts are apart: doublings, summed over the axes."""
-    return sum(abs(math.log2(getattr(a, x) / getattr(b, x))) for x in AXES)
-
-
 def check_axes(layout) -> None:
     """Raise LayoutError unless it is a Layout of whole numbers above 0."""
     words = f"layout is {layout!r}; it must be a Layout, such as Layout(fsdp=2)"
@@ -416,3 +393,26 @@ def run_again(block: nn.Module, kind: str, x: torch.Tensor, past=None):
         how = partial(create_selective_checkpoint_contexts, keep_products)
         ways["context_fn"] = how
     return checkpoint(run, x, past, **ways)
+
+
+def factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as a product of so many, in order."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in (n for n in range(1, number + 1) if number % n == 0):
+        for rest in factors(number // first, count - 1):
+            yield (first, *rest)
+
+
+def layouts(config, world: int, n_sequences=None, n_ctx=None) -> Iterator["Layout"]:
+    """All layouts of so many ranks that a model and its batch allow."""
+    for sizes in factors(world, len(AXES)):
+        layout = Layout(*sizes)
+        if not faults(layout, config, n_sequences, n_ctx):
+            yield layout
+
+
+def distance(a: "Layout", b: "Layout") -> float:
+    """How far two layouts are apart: doublings, summed over the axes."""
+    return sum(abs(math.log2(getattr(a, x) / getattr(b, x))) for x in AXES)

@@ -111,9 +111,6 @@ def source_of(names: Iterable[str], space: dict, cells: list[str]) -> str:
     return "\n".join(parts)
 
 
-LOOPBACK = {"linux": "lo", "darwin": "lo0"}
-
-
 def as_bytes(answer) -> bytes:
     """An answer as torch.save packs it."""
     buffer = io.BytesIO()
@@ -140,6 +137,9 @@ def leave_with_parent() -> None:
     while is_there(parent.pid) and not connection.wait([parent.sentinel], 1):
         pass
     os._exit(1)
+
+
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
 
 def join_ranks(folder: str, rank: int, n: int, timeout: float) -> None:
