@@ -423,8 +423,8 @@ def one_by_one(team, batches: list, scale: float, past) -> torch.Tensor:
     """The weighted loss of a model that is not cut; micro-batches one after another."""
     model, losses = team.parts[0], []
     for i, (inputs, targets, weight) in enumerate(batches):
-        if hasattr(model, "set_requires_gradient_sync"):  # sharded: sum at the end only
-            model.set_requires_gradient_sync(i == len(batches) - 1)
+        if hasattr(model, "set_requires_all_reduce"):  # replicas: sum at the end only
+            model.set_requires_all_reduce(i == len(batches) - 1)
         loss = plain(model.loss(inputs, targets, past)) * (weight * scale)
         loss.backward()
         losses.append(loss.detach())

@@ -182,21 +182,22 @@ def working_bytes(rank: Rank) -> float:
 
 def moments(rank: Rank, n_micro: int) -> dict[str, dict[str, float]]:
     """What the rank holds at the moments at which it may be fullest, in bytes."""
-    layout, several = rank.layout, PlanError.unless_whole("n_micro", n_micro) > 1
-    flight = min(n_micro, layout.pp - rank.stage)
+    late = min(PlanError.unless_whole("n_micro", n_micro), rank.layout.pp) > 1
+    layout, flight = rank.layout, min(n_micro, rank.layout.pp - rank.stage)
     base = {"parameters": 4.0 * rank.held, "optimizer": 8.0 * rank.held}
-    ends = rank.count(layers=False)
-    layer = numbers(layer_shapes(rank.config), layout.tp)
+    layer, ends = rank.count(ends=False) // len(rank.kinds), rank.count(layers=False)
     open_now = rank.whole if layout.pp > 1 else ends + 2 * layer
     gathered = rank.width * open_now if rank.gathers else 0.0
-    summed = 4.0 * (rank.whole if several or not rank.gathers else rank.held)
+    summed = 4.0 * (rank.whole if late or not rank.gathers else rank.held)
     # with the way out on the same rank torch cuts the sum of both gradients
     summed += 4.0 * table_surplus(rank) * (layout.pp > 1)
     one, work = rank.activations, working_bytes(rank)
+    above = 4.0 * layer * (layout.pp == 1 and rank.gathers)  # is summed up meanwhile
+    above = max(0.0, above - one / len(rank.kinds))  # but has left its activations
     row = lambda *values: base | dict(zip(LINES[2:], values))
-    found = {"first backward": row(0.0, gathered, flight * one, work)}
+    found = {"first backward": row(0.0, gathered, flight * one, work + above)}
     if n_micro > flight:
-        found["middle"] = row(summed, gathered, flight * one, work)
+        found["middle"] = row(summed, gathered, flight * one, work + above)
     new = rank.width * (layer + rank.ends[0] * ends) if rank.gathers else 0.0
     new += rank.width * table_surplus(rank)
     found["backward's end"] = row(summed, gathered, (flight - 1) * one, work + new)
@@ -258,10 +259,10 @@ def tensor_bytes(rank: Rank) -> float:
 
 def shard_bytes(rank: Rank, n_micro: int) -> float:
     """Bytes that a rank sends for FSDP in a step: weights, then gradients."""
-    layout, n, gathers = rank.layout, rank.layout.fsdp * rank.layout.cp, rank.whole
-    if layout.pp == 1:  # each micro-batch gathers all, and for its gradients the layers
-        gathers = n_micro * (rank.whole + rank.count(ends=False))
-    return (rank.width * gathers + 4 * rank.whole) * (n - 1) / n
+    n, alone = rank.layout.fsdp * rank.layout.cp, rank.layout.pp == 1
+    one = rank.width * (rank.whole + alone * rank.count(ends=False)) + 4 * rank.whole
+    rounds = n_micro if alone else 1  # each gathers all, its layers twice, and sums up
+    return rounds * one * (n - 1) / n
 
 
 def sent_bytes(rank: Rank, n_micro: int) -> dict[str, float]:
@@ -435,9 +436,9 @@ def batch_of(config) -> tuple[GPTConfig, int, float]:
 def machine_of(config) -> Machine:
     """A command's GPUs and what connects them. Raises PlanError, ScalingError."""
     gpu = find_gpu(config.gpu)
-    price = gpu.price if config.price is None else positive("price", config.price)
+    if config.price is not None:
+        gpu = replace(gpu, price=positive("price", config.price))
     network = positive("network", config.network) * 1e9
-    gpu = replace(gpu, price=price)
     return Machine(gpu, config.per_node, network, config.efficiency)
 
 
@@ -483,8 +484,7 @@ def run_plan(config) -> tuple[GPTConfig, Proposal]:
     shape, n_sequences, n_tokens = batch_of(config)
     n_gpus, machine = PlanError.unless_whole("gpus", config.gpus), machine_of(config)
     top = PlanError.unless_whole("top", config.top)
-    told = [(name, getattr(config, name)) for name in TOLD]
-    told = {name: value for name, value in told if value is not None}
+    told = {x: y for x in TOLD if (y := getattr(config, x)) is not None}
     fits = propose(shape, n_gpus, n_sequences, machine, **told)
     told = f"{config.size} on {n_gpus:,} × {config.gpu}, {n_tokens:.3g} tokens"
     print(f"{told}, {n_sequences:,} × {shape.n_ctx:,} a step")

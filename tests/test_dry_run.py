@@ -104,6 +104,19 @@ def test_the_plan_is_right_about_a_rank_of_eight(rank):
     assert trace.flops == pytest.approx(flops_of(SMALL, ours, 8), rel=0.12)  # blocks compute a little more
 
 
+def test_shards_keep_no_whole_gradient_and_replicas_sum_once():
+    """More micro-batches cost no memory without a pipeline; FSDP sums each, replicas only the last."""
+    layout = Layout(dp=2, fsdp=4, micro_batch=1, bf16=True)
+    two, five = (dry_run.dry_run(SMALL, layout, 0, n) for n in (2, 5))
+    rank = Rank(SMALL, layout)
+    assert (
+        two.peak == pytest.approx(five.peak, rel=1e-3)
+        and five.peak < 12 * rank.held + rank.activations + 4 * rank.whole
+    )
+    assert five.sent["dp"] == two.sent["dp"] == pytest.approx(2 * 4 * rank.held / 2, rel=0.01)
+    assert five.sent["shard"] / two.sent["shard"] == pytest.approx(5 / 2, rel=0.01)
+
+
 def flops_of(config, rank, n_texts) -> float:
     """Six for each number of a matrix, and attention in a band's blocks; shared by two ranks."""
     d, n = config.d_model, config.n_ctx

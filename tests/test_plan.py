@@ -124,16 +124,27 @@ def test_memory_grows_and_shrinks_as_it_must():
     assert total(replace(EIGHT, fsdp=1, dp=16)) > total(EIGHT) > total(replace(EIGHT, fsdp=32))
     assert total(EIGHT, n_micro=96) == total(EIGHT, n_micro=9) >= total(EIGHT)
     assert total(Layout(fsdp=8, **ONE), 1, config=SMALL) < total(Layout(fsdp=8, **ONE), 2, config=SMALL)
+    assert total(Layout(fsdp=8, **ONE), 2, config=SMALL) == total(Layout(fsdp=8, **ONE), 9, config=SMALL)
 
 
-def test_gradients_are_summed_whole_only_while_several_micro_batches_come():
+def test_gradients_are_summed_whole_only_in_a_pipeline():
     layout = Layout(fsdp=8, **ONE)
     rank = Rank(SMALL, layout)
     once, twice = plan.moments(rank, 1), plan.moments(rank, 2)
     assert once["backward's end"]["gradients"] == 4 * rank.held and "middle" not in once
-    assert twice["backward's end"]["gradients"] == twice["middle"]["gradients"] == 4 * rank.whole
-    assert twice["update"]["gradients"] == 4 * rank.held
+    assert twice["backward's end"]["gradients"] == twice["middle"]["gradients"] == 4 * rank.held
+    staged = Rank(SMALL, replace(layout, pp=2))
+    late = plan.moments(staged, 3)
+    assert late["backward's end"]["gradients"] == late["middle"]["gradients"] == 4 * staged.whole
+    assert twice["update"]["gradients"] == 4 * rank.held and late["update"]["gradients"] == 4 * staged.held
     layer, ends = numbers(layer_shapes(SMALL)), rank.count(layers=False)
+    one = plan.working_bytes(rank) + 4 * layer - rank.activations / 6  # the layer above is summed up meanwhile
+    assert once["first backward"]["working"] == twice["middle"]["working"] == max(one, plan.working_bytes(rank))
+    wide = Rank(BIG, layout)
+    meanwhile = plan.moments(wide, 1)["first backward"]["working"] - plan.working_bytes(wide)
+    assert (
+        meanwhile == pytest.approx(4 * numbers(layer_shapes(BIG)) - wide.activations / 96, rel=1e-6) and meanwhile > 0
+    )
     assert once["first backward"]["gathered"] == 2 * (ends + 2 * layer)
     assert once["sum over ranks"]["working"] == 4 * max(layer, ends)
     assert once["sum over ranks"]["activations"] == 0 and once["sum over ranks"]["gathered"] == 2 * (ends + 2 * layer)
