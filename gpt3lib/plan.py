@@ -56,7 +56,7 @@ def numbers(shapes, tp: int = 1, shards: int = 1) -> int:
     return total
 
 
-# widths cut by tp, or not
+# widths cut by tp, or not; selective: what goes in; q, k, v, attention's result; up's
 KEPT_NUMBERS = {"full": (1, 0), "selective": (9, 0), "none": (14, 2)}
 
 
@@ -491,10 +491,10 @@ def run_plan(config) -> tuple[GPTConfig, Proposal]:
     print(f"{len(fits)} layouts fit, of these the fastest:")
     about = shape, n_sequences, n_tokens, n_gpus, machine
     for one in fits[:top]:
-        costs, layout = bill(one, *about), one.layout
-        text = f"{layout!s:24} {layout.recompute:9} {layout.micro_batch:2} at a time"
-        text += f"  {one.memory / 2**30:5.1f} GiB  {one.seconds:6.2f} s a step"
-        print(f"  {text}  MFU {costs['MFU']:.0%}  {costs['days']:,.1f} days")
+        costs, way = bill(one, *about), one.layout.recompute
+        print(f"  {one.layout} recompute={way}: {one.layout.micro_batch} at a time")
+        text = f"{one.memory / 2**30:.1f} GiB, {one.seconds:.2f} s a step"
+        print(f"    {text}, MFU {costs['MFU']:.0%}, {costs['days']:,.1f} days")
     flops = {"FLOPs": training_flops(shape, n_tokens)}
     show_plan(fits[0], shape, machine, bill(fits[0], *about) | flops)
     return shape, fits[0]
