@@ -325,9 +325,9 @@ class Halo(torch.autograd.Function):
         return shift(x[:, :, ctx.before :].contiguous(), mesh, 1)
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx, grad):
         """Zeros for the tracks that nobody fetched."""
-        back = shift(slope.contiguous(), ctx.mesh, -1)
+        back = shift(grad.contiguous(), ctx.mesh, -1)
         return F.pad(back, (0, 0, ctx.before, 0)), None, None
 
 
@@ -373,7 +373,7 @@ class Sequence:
 
 
 def keep_products(context, operation, *arguments, **ways) -> CheckpointPolicy:
-    """Attention, and products that do not narrow; of tensor parallelism's no parts."""
+    """Keep attention and products that do not narrow, but no parts of a sum (tp)."""
     name, kept = str(operation), "_scaled_dot_product" in str(operation)
     if name in ("aten.mm.default", "aten.addmm.default"):
         x, weight = arguments[-2:]
