@@ -1,5 +1,5 @@
-"""The few private names of torch that this book leans on, and a refusal of any torch
-they were not tried with."""
+"""The few private names of torch that the dry run leans on, and a refusal of any
+torch they were not tried with."""
 
 # Made from book/l_torch_hooks.ipynb by tools/export.py; edit the chapter.
 import functools
