@@ -239,7 +239,7 @@ def make_schedule(parts: dict, grid, size, n_tokens, n_micro, stage=PipelineStag
 
 
 def cuts(n_layers: int, n: int, way_out: float = 0.0) -> list[tuple[int, int]]:
-    """The layers (first, behind the last) of each of n parts, as evenly as can be.
+    """The layers (first, one past the last) of n parts, as evenly as can be.
 
     way_out: what the last part does besides, in layers. Raises LayoutError.
     """
@@ -324,7 +324,7 @@ def through_stages(team, batches: list, scale: float, past) -> torch.Tensor:
 
 
 def share(n: int, size: int) -> list[tuple[int, int]]:
-    """n rows among so many ranks, as evenly as can be: (first, behind the last)."""
+    """n rows among so many ranks, as evenly as can be: (first, one past the last)."""
     n = LayoutError.unless_whole("the number of rows", n)
     ends = [n * i // size for i in range(size + 1)]
     return [*zip(ends, ends[1:])]
