@@ -12,7 +12,7 @@
 TRAIN=${TRAIN:-"gpt3-1.3b --data /shared/tokens --out /shared/1.3b --parallel.fsdp 8"}
 PROGRAM=${PROGRAM:-"-m gpt3lib.cli train"}
 GPUS=${GPUS:-8}                # ranks of a node
-LEAST=${LEAST:-$SLURM_NNODES}  # with so many nodes it goes on, when others are gone
+LEAST=${LEAST:-$SLURM_NNODES}  # with so many nodes it goes on, when others are gone (and with --no-kill)
 PORT=${PORT:-29500}
 
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
