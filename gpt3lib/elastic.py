@@ -298,7 +298,8 @@ def learn_together(config, parts: tuple, layout) -> tuple:
     ways = {name: getattr(config, name, None) for name in Options.__dataclass_fields__}
     ways = {name: way for name, way in ways.items() if way is not None}
     torch.set_num_threads(config.n_threads or 1)
-    patience = 600 if layout.compile else None  # a compiler takes its time
+    told = "GPT3LIB_PATIENCE" in os.environ
+    patience = 600 if layout.compile and not told else None  # a compiler takes its time
     with joined(device.type, patience) as heart:
         ways |= {"heart": heart, "seed": config.seed or 0}
         state = run_together(shape, layout, loader, store, recipe, **ways)

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +281,24 @@ def test_a_rank_that_hangs_is_named_within_a_minute(tmp_path):
     began = (tmp_path / "run" / "struck-hang-1").stat().st_mtime
     assert time.time() - began < 60 and ended.returncode == 1
     assert re.search(r"RankError: .*rank 1 hangs: for \d+ s it is in on_step at step 3, in strike", ended.stdout)
+
+
+@pytest.mark.parametrize("compiled, told, wanted", [(False, None, None), (True, None, 600), (True, "90", None)])
+def test_a_compiler_has_more_patience_unless_the_environment_says_how_much(monkeypatch, compiled, told, wanted):
+    class Asked(Exception):
+        """What would have been waited for."""
+
+    def joined(kind, patience):
+        raise Asked(kind, patience)
+
+    monkeypatch.setattr(elastic, "joined", joined)
+    monkeypatch.delenv("GPT3LIB_PATIENCE", raising=False)
+    if told:
+        monkeypatch.setenv("GPT3LIB_PATIENCE", told)
+    parts = torch.device("cpu"), None, None, None, None
+    with pytest.raises(Asked) as caught:
+        elastic.learn_together(SimpleNamespace(n_threads=1), parts, Layout(compile=compiled))
+    assert caught.value.args == ("cpu", wanted)
 
 
 # --- two nodes ---

@@ -223,7 +223,11 @@ def test_the_command_marks_each_number(capsys):
     shape, best = run_plan(command())
     assert shape == BIG and best == propose(BIG, 1024, 1536, H100)[0]
     text = capsys.readouterr().out
-    rows = [line.split() for line in text.splitlines() if line.startswith("  ") and line[2] != " " and "at a time" not in line]
+    rows = [
+        line.split()
+        for line in text.splitlines()
+        if line.startswith("  ") and line[2] != " " and "at a time" not in line
+    ]
     marks = ("computed", "predicted", "assumed", "data sheet [NV22]")
     assert len(rows) > 20 and all(any(mark in " ".join(row) for mark in marks) for row in rows)
     named = {row[0]: " ".join(row[1:]) for row in rows}
