@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import measure_parallel
 import ranks
 from gpt3lib import parallel
 from gpt3lib.model import GPT
 from gpt3lib.parallel import AXES, RECOMPUTE, Grid, Layout, LayoutError, check_layout, layouts
 from gpt3lib.processes import together
+from gpt3lib.texts import DATA
 
 MIXES = {  # ranks -> every mix of replicas, shards and parts of matrices, and long texts
     2: [{"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"cp": 2}],
@@ -71,6 +74,22 @@ def test_every_mix_is_equal_to_one_process(n):
             # what this rank keeps of the model: its part, and a few rows more where it does not divide
             part = n_params / (layout.fsdp * layout.cp * layout.tp)
             assert part * 0.9 < far["held"] < part * 1.15, case
+
+
+def test_the_stored_grid_has_every_mix_and_keeps_every_limit():
+    stored = json.loads((DATA / "experiments" / "parallel.json").read_text())
+    for name, mixes, parts in ("mixes", measure_parallel.WITHOUT, (1,)), ("stages", measure_parallel.WITH, (1, 2)):
+        rows = stored[name]["rows"]
+        switches = itertools.product(mixes, parts, ranks.KINDS.values(), RECOMPUTE)
+        wanted = {(str(Layout(**mix, chunks=n)), n, kind, way) for mix, n, kind, way in switches}
+        found = [(row["layout"], row["parts a rank"], tuple(row["attention"]), row["recompute"]) for row in rows]
+        assert set(found) == wanted and len(found) == len(wanted)
+        for row in rows:
+            assert row["born"] == 0 and row["copies equal"], row
+            assert all(row[number] < limit for number, limit in measure_parallel.LIMITS.items()), row
+    assert [row["seed"] for row in stored["kills"]["rows"]] == [*range(10)]
+    assert len({row["behind step"] for row in stored["kills"]["rows"]}) > 3
+    assert len(stored["traces"]["rows"]) == 9
 
 
 @pytest.mark.parametrize("n", [2, 4])
