@@ -47,6 +47,20 @@ def cases(n):
     return found
 
 
+WITHOUT = {2: [{"dp": 2}, {"fsdp": 2}], 4: [{"dp": 2, "fsdp": 2}, {"dp": 2, "tp": 2}, {"fsdp": 2, "cp": 2}]}
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_micro_batches_without_stages_change_nothing(n):
+    """FSDP shares gradients out after each of them, replicas add theirs up after the last."""
+    shape = ranks.config()
+    asked = [(Layout(**mix, micro_batch=1), shape, teams.alone(shape), ranks.ROWS) for mix in WITHOUT[n]]
+    for found, (layout, *_) in zip(zip(*together(n, teams.train_all, asked, timeout=300)), asked, strict=True):
+        for far in found:
+            assert far["losses"] < ranks.LOSS and far["norms"] < ranks.LOSS, f"{layout}: {far}"
+            assert far["gradients"] < ranks.GRADIENTS and far["weights"] < ranks.WEIGHTS, f"{layout}: {far}"
+
+
 def test_the_suite_has_each_mix_with_both_schedules_both_kinds_and_recomputing_or_not():
     seen = [(layout, shape) for n in MIXES for layout, shape, *_ in cases(n)]
     for mix in itertools.chain(*MIXES.values()):
