@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from gpt3lib.checkpoints import RunError, Store
 from gpt3lib.parallel import Layout
 from gpt3lib.pipeline import Team
 from gpt3lib.processes import together
-from gpt3lib.runs import State, load
+from gpt3lib.runs import Run, State, load
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun has no gloo between ranks there")
 N_STEPS = 15  # of a run of 12 full batches: the first ones are smaller
@@ -281,6 +283,35 @@ def test_a_rank_that_hangs_is_named_within_a_minute(tmp_path):
     began = (tmp_path / "run" / "struck-hang-1").stat().st_mtime
     assert time.time() - began < 60 and ended.returncode == 1
     assert re.search(r"RankError: .*rank 1 hangs: for \d+ s it is in on_step at step 3, in strike", ended.stdout)
+
+
+def opinions() -> list[bool]:
+    """A worker: whether a step is calm that all ranks find calm, and one that rank 1 does not."""
+    job, found = object.__new__(elastic.TeamRun), []
+    for own in (True, dist.get_rank() == 0):
+        with mock.patch.object(Run, "calm", lambda *_, own=own: own):
+            found.append(job.calm(None, None))
+    return found
+
+
+def test_a_step_is_calm_only_if_all_ranks_find_it_so():
+    assert together(2, opinions) == [[True, False]] * 2
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_the_seed_of_the_command_is_that_of_the_team(monkeypatch, seed):
+    class Asked(Exception):
+        """With what a team was to run."""
+
+    def run_together(*parts, **ways):
+        raise Asked(ways["seed"])
+
+    monkeypatch.setattr(elastic, "joined", lambda *_: nullcontext())
+    monkeypatch.setattr(elastic, "run_together", run_together)
+    parts = torch.device("cpu"), None, None, None, None
+    with pytest.raises(Asked) as caught:
+        elastic.learn_together(SimpleNamespace(n_threads=1, seed=seed), parts, Layout())
+    assert caught.value.args == (seed or 0,)
 
 
 @pytest.mark.parametrize("compiled, told, wanted", [(False, None, None), (True, None, 600), (True, "90", None)])
