@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -54,7 +55,9 @@ WITHOUT = {2: [{"dp": 2}, {"fsdp": 2}], 4: [{"dp": 2, "fsdp": 2}, {"dp": 2, "tp"
 def test_micro_batches_without_stages_change_nothing(n):
     """FSDP shares gradients out after each of them, replicas add theirs up after the last."""
     shape = ranks.config()
-    asked = [(Layout(**mix, micro_batch=1), shape, teams.alone(shape), ranks.ROWS) for mix in WITHOUT[n]]
+    layouts = [Layout(**mix) for mix in WITHOUT[n]]
+    layouts = [replace(one, micro_batch=ranks.ROWS // one.data // 2) for one in layouts]  # two on each rank
+    asked = [(layout, shape, teams.alone(shape), ranks.ROWS) for layout in layouts]
     for found, (layout, *_) in zip(zip(*together(n, teams.train_all, asked, timeout=300)), asked, strict=True):
         for far in found:
             assert far["losses"] < ranks.LOSS and far["norms"] < ranks.LOSS, f"{layout}: {far}"
