@@ -130,7 +130,10 @@ def with_stored(config, path: Path):
                 f"{names[name]} is {given[name]!r}, but the run in {path.parent} began "
                 f"with {getattr(stored, name)!r}; give it that again, or another --out"
             )
-    return replace(stored, **{name: given[name] for name in given.keys() & FREE})
+    new = {name: given[name] for name in given.keys() & FREE}
+    if new.keys() & set(AXES_ASKED):  # another layout: nothing of the old one stays
+        stored = replace(stored, **dict.fromkeys((*AXES_ASKED, "chunks")))
+    return replace(stored, **new)
 
 
 def run_tokenize(config: TokenizeConfig) -> None:

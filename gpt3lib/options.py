@@ -113,7 +113,7 @@ def ask(kind: type, arguments: list[str], default=None, name: str | None = None)
         told = short(said.getvalue())
         found = re.match(r"Error parsing (--\S+): '(.*)' is no whole number", told)
         if found and "tokens" not in found[1]:  # nobody writes an epoch as 20M
-            right = "it must be a whole number, 0 or more"
+            right = "it must be a whole number without a sign, such as 3"
             told = f"{found[1]} is {found[2]}; {right}"
         words = f"{told}; `gpt3 {name} --help` tells what there is"
         raise CommandError(words) from None

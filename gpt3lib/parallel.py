@@ -108,6 +108,13 @@ def check_layout(layout, config, world: int, n_sequences=None, n_ctx=None) -> No
         raise LayoutError(f"{'; '.join(found)}. The nearest that work: {names}")
 
 
+def ranks_met() -> int:
+    """How many ranks there are. Raises LayoutError if none have met."""
+    right = "call this inside processes.together or ranks.joined"
+    LayoutError.unless(dist.is_initialized(), f"no ranks have met; {right}")
+    return dist.get_world_size()
+
+
 def check_met(layout) -> None:
     """Raise LayoutError unless it is for as many ranks as have met."""
     check_axes(layout)

@@ -31,6 +31,7 @@ from gpt3lib.parallel import (
     materialise,
     parallelize,
     plain,
+    ranks_met,
 )
 from gpt3lib.recipe import check_clip, make_optimizer, step_if_finite
 
@@ -368,7 +369,7 @@ class Crew:
         check_axes(layout)
         if n_parts(layout) > 1:  # torch's stages change from version to version
             needs_torch("A pipeline")
-        check_layout(layout, config, dist.get_world_size())
+        check_layout(layout, config, ranks_met())
         check_beginning(config, 0 if seed is None else seed)
         self.config, self.layout, self.grid = config, layout, Grid(layout, device)
         with torch.device("meta"):
@@ -377,8 +378,7 @@ class Crew:
             parallelize(part, self.grid)
             if seed is not None:
                 materialise(part, self.grid.device, seed)
-        self.schedules = {}
-        self.stage = PipelineStage  # or a class that does more
+        self.schedules, self.stage = {}, PipelineStage  # or a class that does more
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Name in the whole model -> parameter, of those that this rank has."""

@@ -409,15 +409,15 @@ def propose(config, world, n_sequences, machine: Machine, **told) -> list[Propos
         most, step = min(world - 1, most), fixed.world
         fine = lambda fewer: any(candidates(config, fewer, n_sequences, n, told))
         near = next(filter(fine, range(most - most % step, 0, -step)), step)
-        words = f"no layout of {world} GPUs divides {n_sequences} sequences"
-        raise PlanError(f"{words}; one of {near} does")
+        what = f"has {fixed}" if world % step else f"divides {n_sequences} sequences"
+        raise PlanError(f"no layout of {world} GPUs {what}; one of {near} does")
     room = ROOM * machine.gpu.memory * 2**30
     least = min(one.memory for one in every)
     words = f"nothing fits: the smallest layout takes {least / 2**30:.1f} GiB, and "
     words += f"{room / 2**30:.1f} are free; take more GPUs, or larger ones"
     PlanError.unless(least <= room, words)
     fits = [one for one in every if one.memory <= room]
-    return sorted(fits, key=lambda one: (round(one.seconds, 2), one.memory))
+    return sorted(fits, key=lambda one: (float(f"{one.seconds:.3g}"), one.memory))
 
 
 def batch_of(config) -> tuple[GPTConfig, int, float]:

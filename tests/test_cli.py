@@ -205,6 +205,16 @@ def test_what_makes_another_model_may_not_change(tmp_path):
             with_stored(TrainConfig(**fault), path)
 
 
+def test_an_axis_that_is_typed_replaces_the_whole_layout(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_yaml(TrainConfig("gpt3-1m", n_tokens=100, fsdp=2, pp=2, chunks=2), path)
+    layout = lambda config: (config.dp, config.fsdp, config.tp, config.pp, config.chunks)
+    assert layout(with_stored(TrainConfig(tp=2), path)) == (None, None, 2, None, None)
+    assert layout(with_stored(TrainConfig(fsdp=1), path)) == (None, 1, None, None, None)
+    for other in ({}, {"save_every": 9}, {"recompute": "full"}):
+        assert layout(with_stored(TrainConfig(**other), path)) == (None, 2, None, 2, 2)
+
+
 def test_what_somebody_asked_for():
     assert asked(TrainConfig()) == {} and asked(TrainConfig("x", bf16=True)) == {"size": "x", "bf16": True}
 

@@ -100,7 +100,7 @@ def test_home_is_where_a_path_may_stand(monkeypatch, tmp_path):
     [
         (["--lr", "3"], "Unrecognized options: --lr, 3"),
         (["--rat", "3"], "perhaps you meant --rate"),
-        (["--n", "many"], "--n is many; it must be a whole number, 0 or more; `gpt3 try"),
+        (["--n", "many"], "--n is many; it must be a whole number without a sign, such as 3; `gpt3 try"),
         (["--rate", "high"], "--rate"),
         (["--from"], "from"),
     ],

@@ -18,6 +18,7 @@ import ranks
 from gpt3lib import parallel
 from gpt3lib.model import GPT
 from gpt3lib.parallel import AXES, RECOMPUTE, Grid, Layout, LayoutError, check_layout, layouts
+from gpt3lib.pipeline import Team
 from gpt3lib.processes import together
 from gpt3lib.texts import DATA
 
@@ -264,6 +265,12 @@ def test_what_a_layout_is_checked_against_is_checked_too():
     for config in (None, "gpt3-1m", {}):
         with pytest.raises(LayoutError, match="config is .*; it must be a GPTConfig, such as "):
             check_layout(Layout(), config, 1)
+
+
+def test_a_team_needs_ranks_that_have_met():
+    words = "no ranks have met; call this inside processes.together or ranks.joined"
+    with pytest.raises(LayoutError, match=words):
+        Team(ranks.config(), Layout())
 
 
 def test_every_rank_needs_a_row_of_the_vocabulary():
