@@ -298,6 +298,16 @@ def test_a_step_is_calm_only_if_all_ranks_find_it_so():
     assert together(2, opinions) == [[True, False]] * 2
 
 
+def test_with_a_checkpoint_the_tries_begin_anew():
+    job, saved = object.__new__(elastic.TeamRun), []
+    job.state, job.heart, job.about, job.team, job.optimizer = State(step=3, tries=2), None, {}, None, None
+    job.journal = SimpleNamespace(sizes=lambda: {"log.csv": 7})
+    job.saver = SimpleNamespace(save=lambda *parts: saved.append(parts))
+    job.save(kept=True)
+    (_, _, number, told, kept), *_ = saved
+    assert (number, kept, told["state"]["tries"], told["state"]["sizes"]) == (3, True, 0, {"log.csv": 7})
+
+
 @pytest.mark.parametrize("seed", [None, 7])
 def test_the_seed_of_the_command_is_that_of_the_team(monkeypatch, seed):
     class Asked(Exception):
