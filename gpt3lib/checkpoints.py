@@ -78,7 +78,8 @@ class Checkpoint:
 
     def check(self, about: dict) -> None:
         """Raise RunError unless it is of a run that is described so."""
-        check_same_run(self.folder.parent, self.state["about"], about)
+        began = {"optimizer": "AdamW"} | self.state["about"]  # older ones do not say
+        check_same_run(self.folder.parent, began, about)
 
     def tensors(self, kind: str) -> "Pieces":
         """The tensors of kind "model" or "optimizer", by name. Raises RunError."""

@@ -238,7 +238,6 @@ class TeamRun(Run):
         found = newest(self.store)
         if found is None:
             return None
-        found.state["about"].setdefault("optimizer", "AdamW")  # older ones do not say
         found.check(self.about)
         if dist.get_rank() == 0:
             self.store.set_aside(after=found.number)

@@ -187,7 +187,6 @@ def restore(store: Store, model, optimizer, about: dict) -> State | None:
     found = store.latest()
     if found is None:
         return None
-    found.state["about"].setdefault("optimizer", "AdamW")  # older ones do not say
     found.check(about)
     store.set_aside(after=found.number)
     return put_back(found, model, optimizer)
