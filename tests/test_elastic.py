@@ -298,6 +298,18 @@ def test_a_step_is_calm_only_if_all_ranks_find_it_so():
     assert together(2, opinions) == [[True, False]] * 2
 
 
+def shown() -> list[int]:
+    """A worker: by which rank rows are shown."""
+    seen = []
+    with mock.patch.object(Run, "present", lambda _: seen.append(dist.get_rank())):
+        object.__new__(elastic.TeamRun).present()
+    return seen
+
+
+def test_only_the_first_rank_shows_rows():
+    assert together(2, shown) == [[0], []]
+
+
 def test_with_a_checkpoint_the_tries_begin_anew():
     job, saved = object.__new__(elastic.TeamRun), []
     job.state, job.heart, job.about, job.team, job.optimizer = State(step=3, tries=2), None, {}, None, None
